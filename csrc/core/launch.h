@@ -1,0 +1,43 @@
+// The one place where a kernel is launched. Returns a cudaError_t as int; 0 is success.
+#pragma once
+#include "macros.h"
+
+#if defined(MAMBA2_EMULATE)
+#include "../ptx/emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace mamba2 {
+
+struct LaunchShape {
+  dim3 grid;
+  int threads = 0;
+  size_t smem_bytes = 0;       // dynamic shared memory
+  bool programmatic = false;   // programmatic dependent launch: the kernel calls ptx::griddepcontrol_wait
+};
+
+#if !defined(MAMBA2_EMULATE)
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), const LaunchShape& at, void* stream, Args&&... args) {
+  if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return 0;
+  if (at.smem_bytes > 48 * 1024) {
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(at.smem_bytes));
+    if (e != cudaSuccess) return static_cast<int>(e);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = at.grid;
+  config.blockDim = dim3(at.threads);
+  config.dynamicSmemBytes = at.smem_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = at.programmatic ? 1 : 0;
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+#endif
+
+}  // namespace mamba2
