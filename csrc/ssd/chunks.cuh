@@ -1,0 +1,45 @@
+// Chunks: q consecutive tokens of one sequence (fewer in its last chunk), numbered over all
+// sequences. Dense rows need no table; packed sequences get one from chunk_table.cu.
+#pragma once
+#include "../core/macros.h"
+#include "shape.h"
+
+namespace mamba2::ssd {
+
+struct Chunk {
+  int i_seq;     // sequence; -1: no such chunk (the grid is an upper bound when packed)
+  int row;       // batch row of the tensors
+  int token;     // first token, within the row
+  int count;     // tokens, 1..q
+  int i_c;       // index within the sequence
+  bool is_last;  // of its sequence
+};
+
+// How to find chunks. Passed by value to kernels.
+struct Chunking {
+  int q = 64;
+  int64_t l = 0;
+  int chunks_per_row = 0;          // dense
+  const int4* table = nullptr;     // packed: (chunks) {i_seq, token, count, i_c << 1 | is_last}
+  const int* first_chunk = nullptr;  // packed: (nseq + 1) first chunk of each sequence
+
+  MAMBA2_HD Chunk at(int i) const {
+    if (table) {
+      const int4 e = table[i];
+      return {e.x, 0, e.y, e.z, e.w >> 1, (e.w & 1) != 0};
+    }
+    const int row = i / chunks_per_row, i_c = i % chunks_per_row;
+    const int token = i_c * q;
+    const int64_t left = l - token;
+    return {row, row, token, int(left < q ? left : q), i_c, i_c == chunks_per_row - 1};
+  }
+  // First chunk and number of chunks of a sequence.
+  MAMBA2_HD int first(int i_seq) const {
+    return table ? first_chunk[i_seq] : i_seq * chunks_per_row;
+  }
+  MAMBA2_HD int count(int i_seq) const {
+    return table ? first_chunk[i_seq + 1] - first_chunk[i_seq] : chunks_per_row;
+  }
+};
+
+}  // namespace mamba2::ssd

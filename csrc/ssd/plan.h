@@ -1,0 +1,40 @@
+// Which kernels run a problem, chosen from its sizes and the card alone. No timing, no torch, no CUDA.
+#pragma once
+#include <cstdint>
+
+#include "shape.h"
+
+namespace mamba2::ssd {
+
+enum class Tier : int { any = 1, sm80 = 2, sm90 = 3 };
+
+// The card, as far as plans care. `major` 0: no card (the CPU).
+struct Device {
+  int major = 0, minor = 0, sm_count = 1;
+};
+
+// The private integer of the op schemas: 0 chooses.
+//   bits 0..3  force a Tier; bits 4..7 force a variant of it; bit 8 batch invariant.
+constexpr int kPlanTierMask = 0xf, kPlanVariantShift = 4, kPlanVariantMask = 0xf;
+constexpr int kPlanBatchInvariant = 1 << 8;
+
+struct Problem {
+  Shape shape;
+  DType dtype = DType::f32;
+  bool backward = false;
+  bool has_z = false;
+  bool save_states = false;
+};
+
+struct Plan {
+  Tier tier = Tier::any;
+  int q = 64;            // chunk length, tokens
+  int variant = 0;       // tier's own
+  int segment_chunks = 0;  // sm90: chunks per segment (0: whole sequences)
+  const char* reason = "";
+};
+
+// Throws nothing; a forced tier that cannot take the problem gives tier any with a reason.
+Plan make_plan(const Problem& problem, const Device& device, int forced);
+
+}  // namespace mamba2::ssd
