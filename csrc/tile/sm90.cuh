@@ -1,0 +1,163 @@
+// Tiles of the sm_90a kernels: who owns which element, and matrix products on tiles.
+//
+// A panel is kRows x 64 elements of 16 bits, a row being 128 bytes, stored with the 128-byte
+// swizzle: the 16-byte unit index is xor-ed with row % 8. TMA writes it so, wgmma reads it so, and
+// ldmatrix / stmatrix go through panel_address(). A wider tile is several panels one after another.
+//
+// An accumulator of a warpgroup (64, N): element e of lane t of warp w is
+//   row 16 w + t / 4 + 8 ((e >> 1) & 1), column 8 (e / 4) + 2 (t % 4) + (e & 1).
+// Its elements 8s .. 8s + 7, rounded in pairs, are the A fragment of k step s (16 columns).
+#pragma once
+#include <type_traits>
+
+#include "../core/convert.cuh"
+#include "../ptx/sm90.cuh"
+
+namespace mamba2::tile {
+
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
+constexpr int kSwizzleAtomBytes = 1024;  // 8 rows
+constexpr int kWarpgroup = 128;
+
+template <int kRows>
+constexpr int panel_bytes() {
+  return kRows * kPanelRowBytes;
+}
+
+// Address of the 8 elements from (row, column), column % 8 == 0, column < 64.
+MAMBA2_DEVICE void* panel_address(void* panel, int row, int column) {
+  return static_cast<char*>(panel) + row * kPanelRowBytes + ((column * 2) ^ ((row & 7) << 4));
+}
+MAMBA2_DEVICE const void* panel_address(const void* panel, int row, int column) {
+  return panel_address(const_cast<void*>(panel), row, column);
+}
+
+struct Lane {
+  int warp, lane;  // warp within its warpgroup
+  MAMBA2_DEVICE explicit Lane(int thread) : warp((thread / 32) % 4), lane(thread % 32) {}
+  MAMBA2_DEVICE int row(int half) const { return 16 * warp + lane / 4 + 8 * half; }
+  MAMBA2_DEVICE int column(int block8) const { return 8 * block8 + 2 * (lane % 4); }
+};
+
+// ---- operands of wgmma in shared memory ----
+// [mn][k]: k contiguous. kPanelRows rows of M or N; panels of 64 k.
+template <int kPanelRows>
+struct KMajor {
+  static constexpr bool kTranspose = false;
+  const void* tile;
+  MAMBA2_DEVICE uint64_t at(int k_step) const {
+    const char* p = static_cast<const char*>(tile) + (k_step / 4) * panel_bytes<kPanelRows>() +
+                    (k_step % 4) * 32;
+    return ptx::wgmma_descriptor(p, 16, kSwizzleAtomBytes);
+  }
+};
+// [k][mn]: mn contiguous. kPanelRows rows of k; panels of 64 mn.
+template <int kPanelRows>
+struct MnMajor {
+  static constexpr bool kTranspose = true;
+  const void* tile;
+  MAMBA2_DEVICE uint64_t at(int k_step) const {
+    return ptx::wgmma_descriptor(static_cast<const char*>(tile) + k_step * 2 * kSwizzleAtomBytes,
+                                 panel_bytes<kPanelRows>(), kSwizzleAtomBytes);
+  }
+};
+
+// D (64, N) (+)= A (64, 16 kSteps) B: issued, not waited for. A in registers (rs) or shared (ss).
+template <class T, int N, int kSteps, class BTile>
+MAMBA2_DEVICE void product_rs(float (&d)[N / 2], const uint32_t (&a)[4 * kSteps], const BTile& b,
+                              bool accumulate) {
+  MAMBA2_UNROLL
+  for (int s = 0; s < kSteps; ++s)
+    ptx::WgmmaRs<T, N, BTile::kTranspose>::run(d, a + 4 * s, b.at(s), accumulate || s > 0);
+}
+template <class T, int N, int kSteps, class ATile, class BTile>
+MAMBA2_DEVICE void product_ss(float (&d)[N / 2], const ATile& a, const BTile& b, bool accumulate) {
+  MAMBA2_UNROLL
+  for (int s = 0; s < kSteps; ++s)
+    ptx::WgmmaSs<T, N, ATile::kTranspose, BTile::kTranspose>::run(d, a.at(s), b.at(s),
+                                                                  accumulate || s > 0);
+}
+
+// ---- fragments ----
+// A panel holds a tile [k][m] (m contiguous); this gives the A fragments of its transpose (m, k):
+// rows m = 64 columns of the panel, kSteps steps of 16 panel rows.
+template <int kSteps>
+MAMBA2_DEVICE void load_transposed(uint32_t (&a)[4 * kSteps], const void* panel, const Lane& me) {
+  const int k = (me.lane & 7) + ((me.lane >> 4) & 1) * 8;
+  const int m = 16 * me.warp + ((me.lane >> 3) & 1) * 8;
+  MAMBA2_UNROLL
+  for (int s = 0; s < kSteps; ++s) {
+    uint32_t r[4];
+    ptx::ldmatrix_x4_trans(r, panel_address(panel, 16 * s + k, m));
+    MAMBA2_UNROLL
+    for (int i = 0; i < 4; ++i) a[4 * s + i] = r[i];
+  }
+}
+// The inverse: an accumulator (m, k), rounded, into a panel as its transpose [k][m].
+template <class T, int N>
+MAMBA2_DEVICE void store_transposed(void* panel, const float (&d)[N / 2], const Lane& me) {
+  const int k = (me.lane & 7) + ((me.lane >> 4) & 1) * 8;
+  const int m = 16 * me.warp + ((me.lane >> 3) & 1) * 8;
+  MAMBA2_UNROLL
+  for (int s = 0; s < N / 16; ++s) {
+    const float* e = d + 8 * s;
+    ptx::stmatrix_x4_trans(panel_address(panel, 16 * s + k, m), pack2<T>(e[0], e[1]),
+                           pack2<T>(e[2], e[3]), pack2<T>(e[4], e[5]), pack2<T>(e[6], e[7]));
+  }
+}
+// A panel holds a tile [m][k] (k contiguous): its A fragments.
+template <int kSteps>
+MAMBA2_DEVICE void load_fragments(uint32_t (&a)[4 * kSteps], const void* panel, const Lane& me) {
+  MAMBA2_UNROLL
+  for (int s = 0; s < kSteps; ++s) {
+    uint32_t r[4];
+    ptx::ldmatrix_x4(
+        r, panel_address(panel, 16 * me.warp + (me.lane & 15), 16 * s + (me.lane >> 4) * 8));
+    MAMBA2_UNROLL
+    for (int i = 0; i < 4; ++i) a[4 * s + i] = r[i];
+  }
+}
+// One k step (16 columns) of a fragment into a panel [m][k].
+MAMBA2_DEVICE void store_fragment(void* panel, const uint32_t (&r)[4], int step, const Lane& me) {
+  ptx::stmatrix_x4(
+      panel_address(panel, 16 * me.warp + (me.lane & 15), 16 * step + (me.lane >> 4) * 8), r[0],
+      r[1], r[2], r[3]);
+}
+// An accumulator as A fragments of the next product.
+template <class T, int kPairs>
+MAMBA2_DEVICE void round_to_fragments(uint32_t (&a)[kPairs], const float (&d)[2 * kPairs]) {
+  MAMBA2_UNROLL
+  for (int i = 0; i < kPairs; ++i) a[i] = pack2<T>(d[2 * i], d[2 * i + 1]);
+}
+
+// Rows from `count` on become zero (a ragged tail whose rows belong to a neighbour).
+// `threads` threads call it; follow with fence_proxy_async_shared and a barrier.
+template <int kRows>
+MAMBA2_DEVICE void zero_rows(void* panel, int count, int thread, int threads) {
+  for (int i = count * 8 + thread; i < kRows * 8; i += threads)
+    *reinterpret_cast<uint4*>(static_cast<char*>(panel) + i * 16) = uint4{0, 0, 0, 0};
+}
+
+// ---- pipeline ----
+// A ring of kStages buffers between one producer and consumers; each side keeps its own position.
+template <int kStages>
+struct Ring {
+  ptx::Mbarrier full[kStages], empty[kStages];
+  MAMBA2_DEVICE void init(int consumer_arrivals) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&full[i], 1);
+      ptx::mbarrier_init(&empty[i], consumer_arrivals);
+    }
+  }
+};
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+  MAMBA2_DEVICE void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+}  // namespace mamba2::tile
