@@ -1,0 +1,41 @@
+# make test    builds, runs every test           make demo   builds, trains a small language model
+# make build   builds in place                   make lint   style of Python and C++
+# Each sets up what it needs in .venv first. PY=python3 uses an environment of your own as it is.
+PYTHON ?= python3
+PY ?= .venv/bin/python
+TORCH ?= 2.13.0
+PACKAGES = setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 numpy==2.4.6 \
+  einops==0.8.2 matplotlib==3.11.2 pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15
+STYLE = ruff==0.17.6 clang-format==23.1.5
+SOURCES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
+READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
+
+.PHONY: all build test demo wheel lint clean
+all: build
+
+.venv/ready: Makefile
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet torch==$(TORCH)
+	.venv/bin/python -m pip install --quiet $(PACKAGES)
+	touch $@
+
+build: $(READY)
+	$(PY) setup.py build_ext --inplace
+
+test: build
+	$(PY) -m pytest -p bench.stamp
+
+demo: $(READY)
+	$(PY) examples/demo.py --build
+
+wheel: $(READY)
+	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+lint: $(READY)
+	$(PY) -m pip install --quiet $(STYLE)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(dir $(PY))clang-format --dry-run --Werror $(SOURCES)
+
+clean:
+	rm -rf build dist out *.egg-info mamba2_cuda/*.so

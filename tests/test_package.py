@@ -1,0 +1,85 @@
+"""The package around the operators: build, loading, errors, tools."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mamba2_cuda
+from mamba2_cuda import _load
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import check_ptxas  # noqa: E402
+
+
+def test_import_needs_no_build():
+    code = "import sys, mamba2_cuda; print('torch' in sys.modules, mamba2_cuda.__version__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.split() == ["False", mamba2_cuda.__version__], run.stderr
+
+
+def test_build_info_names_archs():
+    info = mamba2_cuda.build_info()
+    assert info["version"] == mamba2_cuda.__version__
+    assert info["with_cuda"] == bool(info["archs"])
+    assert Path(info["ops"]).name.startswith("_ops.abi3")
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'ssd_scam'"):
+        mamba2_cuda.ssd_scam  # noqa: B018
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.9.0+cu128", "1.13.1"])
+def test_old_torch_is_refused(version):
+    with pytest.raises(
+        _load.BuildError, match=r"needs torch 2\.11 or newer, found torch " + version[0]
+    ):
+        _load.check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.13.0+cpu", "3.0.0a0+git1"])
+def test_new_torch_is_taken(version):
+    _load.check_torch(version)
+
+
+def test_missing_library_says_how_to_build(tmp_path):
+    with pytest.raises(_load.BuildError, match="_ops is not built .*make build"):
+        _load.find_library("_ops", tmp_path)
+
+
+def test_broken_library_explains_itself(tmp_path, monkeypatch):
+    (tmp_path / "_ops.abi3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_load, "__file__", str(tmp_path / "_load.py"))
+    with pytest.raises(_load.BuildError, match="_ops.abi3.so does not load with torch"):
+        _load.load_ops.__wrapped__()
+
+
+LOG = """
+ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90a'
+ptxas info    : Function properties for _Z1kPf
+    {stack} bytes stack frame, {stores} bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "complaints"),
+    [
+        (LOG.format(stack=0, stores=0), 0),
+        (LOG.format(stack=0, stores=8), 1),
+        (LOG.format(stack=32, stores=0), 1),
+        (LOG.format(stack=32, stores=8), 2),
+        (LOG.format(stack=0, stores=0) + "ptxas info : (C7510) Potential Performance Loss", 1),
+    ],
+)
+def test_ptxas_log_is_judged(text, complaints):
+    kernels, loose = check_ptxas.judge(text)
+    assert kernels[0][:3] == ["_Z1kPf", "sm_90a", 168]
+    assert len(kernels[0][3]) + len(loose) == complaints
+
+
+def test_no_kernel_is_no_pass(tmp_path):
+    assert check_ptxas.main(tmp_path) == 1
