@@ -31,6 +31,7 @@ struct ForwardParams {
   StridedOut y;                  // (b, l, h, p)    dtype
   void* final_states = nullptr;  // (nseq, h, p, n) fp32 (fp64 when dtype is), optional
   void* chunk_states = nullptr;  // what the plan keeps for the backward, optional
+  void* log_decay = nullptr;     // (nseq, h) fp32/fp64: sum_t delta_t A (natural log), optional
 };
 
 struct BackwardParams {

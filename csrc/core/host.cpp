@@ -1,0 +1,64 @@
+#include "host.h"
+
+namespace mamba2 {
+namespace {
+
+constexpr int64_t kReadAlignment = 16;  // bytes of the widest load of any kernel
+
+int64_t element_bytes(ScalarType t) {
+  if (const auto dtype = floating_dtype(t)) return static_cast<int64_t>(size_of(*dtype));
+  return t == ScalarType::Long ? 8 : t == ScalarType::Int ? 4 : 1;
+}
+
+bool aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kReadAlignment == 0;
+}
+
+// The contiguous copy is made here and not by aten::contiguous, so that running out of memory says
+// so: below torch 2.13 the stable ABI drops the cause of an error.
+Tensor copy_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  Tensor out = allocate(Sizes(sizes.begin(), sizes.end()), t.scalar_type(), t);
+  torch::stable::copy_(out, t);
+  return out;
+}
+
+}  // namespace
+
+Tensor allocate(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
+  int32_t device_type = 0, layout = 0;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  aoti_torch_get_layout(like.get(), &layout);
+  int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  const auto error = aoti_torch_aten_new_empty(
+      like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &shim_dtype, &layout,
+      &device_type, like.get_device_index(), nullptr, &handle);
+  if (error != TORCH_SUCCESS) {
+    double bytes = static_cast<double>(element_bytes(dtype));
+    for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+    fail(like.is_cuda() ? "CUDA out of memory" : "out of memory", ": ", bytes / (1 << 20),
+         " MiB could not be allocated on ", describe_device(like));
+  }
+  return Tensor(handle);
+}
+
+bool readable_in_place(const Tensor& t) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  const int64_t dims = t.dim();
+  const int64_t item_bytes = element_bytes(t.scalar_type());
+  if (dims == 0 || t.numel() == 0) return true;
+  if (sizes[dims - 1] != 1 && strides[dims - 1] != 1) return false;
+  for (int64_t i = 0; i + 1 < dims; ++i) {
+    if (sizes[i] == 1) continue;
+    if (strides[i] <= 0 || strides[i] * item_bytes % kReadAlignment != 0) return false;
+  }
+  return aligned(t);
+}
+
+Tensor readable(const Tensor& t) { return readable_in_place(t) ? t : copy_of(t); }
+
+Tensor compact(const Tensor& t) { return t.is_contiguous() && aligned(t) ? t : copy_of(t); }
+
+}  // namespace mamba2

@@ -1,0 +1,68 @@
+// Table of contents: every operator of the library, with its shapes.
+//
+// Sizes: b batch, l length, h heads, p head dim, g groups, n state dim; nseq sequences (b, or the
+// packed ones of cu_seqlens). Any tensor may be strided; what a kernel cannot read in place is
+// copied first. Absent outputs (no z: no dz) are 0-element tensors. `plan` is csrc/ssd/plan.h's
+// integer, 0: choose. Implementations register themselves where they stand:
+// csrc/<operation>/*_cpu.cpp and *_cuda.cpp.
+#include "core/host.h"
+
+// What ssd_scan's two directions read.
+//   x            (b, l, h, p)     fp64, fp32, bf16, fp16
+//   dt           (b, l, h)        any floating dtype
+//   A            (h)              any floating dtype
+//   B, C         (b, l, g, n)     x's dtype
+//   D            (h) or (h, p)    any floating dtype
+//   z            (b, l, h, p)     x's dtype
+//   dt_bias      (h)              any floating dtype
+//   initial_states (nseq, h, p, n)  fp32 (fp64 when x is) or x's dtype
+//   cu_seqlens   (nseq + 1)       int32, int64; b must be 1
+//   seq_idx      (b, l)           int32; not with cu_seqlens
+#define SSD_SCAN_INPUTS                                                                        \
+  "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, " \
+  "Tensor? initial_states, Tensor? cu_seqlens, Tensor? seq_idx, "
+#define SSD_DELTA_OPTIONS "bool dt_softplus, float dt_min, float dt_max, "
+
+// Gradients. dx, dB, dC, dz, d_dt have their input's shape and dtype; dA, dD, d_dt_bias and
+// d_initial_states have their input's shape in fp32 (fp64 when x is).
+#define SSD_SCAN_GRADIENTS                                                           \
+  "(Tensor dx, Tensor d_dt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, " \
+  "Tensor d_dt_bias, Tensor d_initial_states)"
+#define SSD_SCAN_BACKWARD_INPUTS \
+  "Tensor dy, Tensor? d_final_states, " SSD_SCAN_INPUTS "Tensor? chunk_states, " SSD_DELTA_OPTIONS
+
+STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
+  // y (b, l, h, p) of x's dtype; final_states (nseq, h, p, n) fp32 (fp64 when x is);
+  // chunk_states: what the plan keeps for the backward, opaque.
+  m.def("ssd_scan_forward(" SSD_SCAN_INPUTS SSD_DELTA_OPTIONS
+        "bool return_final_states, bool save_states, int plan)"
+        " -> (Tensor y, Tensor final_states, Tensor chunk_states)");
+
+  // dy (b, l, h, p) of x's dtype; d_final_states (nseq, h, p, n) fp32 (fp64 when x is).
+  m.def("ssd_scan_backward(" SSD_SCAN_BACKWARD_INPUTS "int plan) -> " SSD_SCAN_GRADIENTS);
+
+  // The same, writing into the destinations given, of any strides with the last one 1 (d_dt: any
+  // strides); what was written into a destination comes back as a 0-element tensor.
+  m.def("ssd_scan_backward_out(" SSD_SCAN_BACKWARD_INPUTS
+        "int plan, Tensor(a!)? dx, Tensor(b!)? d_dt, Tensor(c!)? dB, Tensor(d!)? dC, "
+        "Tensor(e!)? dz) -> " SSD_SCAN_GRADIENTS);
+
+  // state (b, h, p, n) that the segment adds, log_decay (b, h) = sum_t delta_t A (natural log):
+  // fp32 (fp64 when x is).
+  m.def(
+      "ssd_segment_state_forward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? "
+      "dt_bias, " SSD_DELTA_OPTIONS "int plan) -> (Tensor state, Tensor log_decay)");
+  m.def(
+      "ssd_segment_state_backward(Tensor d_state, Tensor d_log_decay, Tensor x, Tensor dt, "
+      "Tensor A, Tensor B, Tensor? dt_bias, " SSD_DELTA_OPTIONS
+      "int plan)"
+      " -> (Tensor dx, Tensor d_dt, Tensor dA, Tensor dB, Tensor d_dt_bias)");
+
+  // Decode: x, z (b, T, h, p) or (b, h, p); dt (b, T, h) or (b, h); B, C (b, T, g, n) or (b, g, n);
+  // state (b or slots, h, p, n) of fp64, fp32, bf16, fp16, updated in place;
+  // state_indices, out_state_indices (b) int32, negative: padding. y as x.
+  m.def(
+      "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? dt_bias, " SSD_DELTA_OPTIONS
+      "Tensor? state_indices, Tensor? out_state_indices, int plan) -> Tensor y");
+}
