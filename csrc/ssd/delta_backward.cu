@@ -1,0 +1,282 @@
+// delta_backward: the gradients of delta_t and of delta_t A, from their parts, to d_dt, dA and
+// d_dt_bias (equations in delta_backward.h).
+//
+// delta_gradients: grid (chunks, blocks of 16 heads), 8 warps. A warp takes one head at a time, its
+//   lanes consecutive runs of tokens, so that both sums along the chunk are scans of a warp. The
+//   result goes through shared memory, because dt and d_dt are read and written heads first.
+// sum_chunks: grid (blocks of 32 columns, array): what the chunks left, added in a fixed order.
+// Bound by HBM: six fp32 arrays (tokens, h) read once, dt read, d_dt written.
+#include "../core/convert.cuh"
+#include "../core/launch.h"
+#include "../ptx/common.cuh"
+#include "delta_backward.h"
+#include "formulas.cuh"
+
+namespace mamba2::ssd {
+namespace {
+
+constexpr int kHeads = 16, kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kTokensAtOnce = kThreads / kHeads;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Gradients {
+  DeltaGradientParts parts;
+  Chunking chunking;
+  int64_t chunks;
+  int h;
+  Strided dt;  // (b, l, h)
+  DType dt_dtype;
+  AnyFloat A, dt_bias;  // (h)
+  bool dt_softplus;
+  float dt_min, dt_max;
+  const float* d_log_decay;  // (nseq, h)
+  StridedOut d_dt;           // (b, l, h)
+  float* dA;                 // (chunks, h)
+  float* d_dt_bias;          // (chunks, h)
+};
+
+template <int kTokens>
+struct Smem {
+  float d_delta[kTokens][kHeads + 1];
+  float d_dt_bias[kTokensAtOnce][kHeads];
+};
+
+MAMBA2_DEVICE void store(void* array, DType dtype, int64_t i, float v) {
+  switch (dtype) {
+    case DType::f64:
+      static_cast<double*>(array)[i] = v;
+      break;
+    case DType::f32:
+      static_cast<float*>(array)[i] = v;
+      break;
+    case DType::bf16:
+      static_cast<bf16*>(array)[i] = convert<bf16>(v);
+      break;
+    default:
+      static_cast<f16*>(array)[i] = convert<f16>(v);
+  }
+}
+
+// r[k] becomes the sum over this lane's elements from k on and all of the later lanes'.
+template <int kRun>
+MAMBA2_DEVICE void suffix_sum(float (&r)[kRun], int lane) {
+  MAMBA2_UNROLL
+  for (int k = kRun - 2; k >= 0; --k) r[k] += r[k + 1];
+  float later = __shfl_down_sync(kAllLanes, r[0], 1);
+  if (lane == 31) later = 0;
+  MAMBA2_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const float v = __shfl_down_sync(kAllLanes, later, step);
+    if (lane + step < 32) later += v;
+  }
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; ++k) r[k] += later;
+}
+// r[k] becomes the sum over this lane's elements before k and all of the earlier lanes'.
+template <int kRun>
+MAMBA2_DEVICE void prefix_sum(float (&r)[kRun], int lane) {
+  float sum = 0;
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    const float v = r[k];
+    r[k] = sum;
+    sum += v;
+  }
+  float earlier = __shfl_up_sync(kAllLanes, sum, 1);
+  if (lane == 0) earlier = 0;
+  MAMBA2_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const float v = __shfl_up_sync(kAllLanes, earlier, step);
+    if (lane >= step) earlier += v;
+  }
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; ++k) r[k] += earlier;
+}
+MAMBA2_DEVICE float warp_sum(float v) {
+  MAMBA2_UNROLL
+  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
+
+template <int kRun>
+MAMBA2_DEVICE void add_parts(float (&r)[kRun], const float* array, int64_t at, int parts,
+                             int64_t part_stride) {
+  for (int i = 0; i < parts; ++i) {
+    MAMBA2_UNROLL
+    for (int k = 0; k < kRun; ++k) r[k] += array[i * part_stride + at + k];
+  }
+}
+
+// One head of the chunk: d delta into shared memory, the chunk's share of dA to global memory.
+template <int kRun>
+MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, const Chunk& chunk,
+                                  int i_c, int i_h, int lane) {
+  const DeltaGradientParts& parts = g.parts;
+  const int64_t all = g.chunks * g.h * (32 * kRun);
+  const int first = lane * kRun;
+  const int64_t at = (int64_t(i_c) * g.h + i_h) * (32 * kRun) + first;
+  const float A = load<float>(g.A, i_h);
+  float through = g.d_log_decay ? g.d_log_decay[int64_t(chunk.i_seq) * g.h + i_h] : 0.f;
+  for (int i = 0; i < parts.through_parts; ++i)
+    through += parts.through[(i * g.chunks + i_c) * g.h + i_h];
+
+  float delta[kRun], across[kRun], to_state[kRun], d_delta[kRun];
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    const bool valid = first + k < chunk.count;
+    delta[k] = valid ? parts.delta[at + k] : 0.f;
+    across[k] = parts.rows[at + k];
+    to_state[k] = 0;
+    d_delta[k] = parts.columns[at + k];
+  }
+  add_parts(across, parts.from_state, at, parts.state_parts, all);
+  add_parts(to_state, parts.to_state, at, parts.state_parts, all);
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    if (first + k >= chunk.count) across[k] = to_state[k] = 0;
+    d_delta[k] += to_state[k];
+    to_state[k] *= delta[k];
+  }
+  suffix_sum(across, lane);
+  prefix_sum(to_state, lane);
+
+  float dA = 0;
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    const float d_a = decay_clamped(delta[k], A) ? 0.f : across[k] + to_state[k] + through;
+    dA += delta[k] * d_a;
+    smem.d_delta[first + k][i_h % kHeads] = d_delta[k] + A * d_a;
+  }
+  dA = warp_sum(dA);
+  if (lane == 0) g.dA[int64_t(i_c) * g.h + i_h] = dA;
+}
+
+template <int kRun>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 3)
+    delta_gradients(const MAMBA2_GRID_CONSTANT Gradients g) {
+  Smem<32 * kRun>& smem = *static_cast<Smem<32 * kRun>*>(ptx::dynamic_smem());
+  const int i_c = blockIdx.x, first_head = blockIdx.y * kHeads;
+  const int heads = g.h - first_head < kHeads ? g.h - first_head : kHeads;
+  const Chunk chunk = g.chunking.at(i_c);
+  if (chunk.i_seq < 0) {
+    if (int(threadIdx.x) < heads) {
+      g.dA[int64_t(i_c) * g.h + first_head + threadIdx.x] = 0;
+      g.d_dt_bias[int64_t(i_c) * g.h + first_head + threadIdx.x] = 0;
+    }
+    return;
+  }
+  for (int i = threadIdx.x / 32; i < heads; i += kWarps)
+    head_gradients<kRun>(smem, g, chunk, i_c, first_head + i, threadIdx.x % 32);
+  __syncthreads();
+
+  const int i_h = threadIdx.x % kHeads, slot = threadIdx.x / kHeads;
+  float bias_sum = 0;
+  if (i_h < heads) {
+    const float bias = g.dt_bias ? load<float>(g.dt_bias, first_head + i_h) : 0.f;
+    for (int t = slot; t < chunk.count; t += kTokensAtOnce) {
+      const int64_t row = chunk.row, token = chunk.token + t, head = first_head + i_h;
+      const AnyFloat dt{g.dt.ptr, g.dt_dtype};
+      const float raw = load<float>(dt, row * g.dt.b + token * g.dt.l + head * g.dt.h);
+      const float slope = delta_of(raw, bias, g.dt_softplus, g.dt_min, g.dt_max).gradient;
+      const float d_dt = smem.d_delta[t][i_h] * slope;
+      bias_sum += d_dt;
+      store(g.d_dt.ptr, g.dt_dtype, row * g.d_dt.b + token * g.d_dt.l + head * g.d_dt.h, d_dt);
+    }
+  }
+  smem.d_dt_bias[slot][i_h] = bias_sum;
+  __syncthreads();
+  if (slot == 0 && i_h < heads) {
+    for (int s = 1; s < kTokensAtOnce; ++s) bias_sum += smem.d_dt_bias[s][i_h];
+    g.d_dt_bias[int64_t(i_c) * g.h + first_head + i_h] = bias_sum;
+  }
+}
+
+// ---- sums over chunks ----
+constexpr int kSums = 3, kSumWarps = 16;
+struct ChunkSums {
+  const float* parts[kSums];  // (chunks, width)
+  float* sum[kSums];          // (width)
+  int width[kSums];
+  int64_t chunks;
+};
+struct SumSmem {
+  float partial[kSumWarps][32];
+};
+
+__global__ void MAMBA2_LAUNCH_BOUNDS(32 * kSumWarps, 2)
+    sum_chunks(const MAMBA2_GRID_CONSTANT ChunkSums s) {
+  SumSmem& smem = *static_cast<SumSmem*>(ptx::dynamic_smem());
+  const int which = blockIdx.y, width = s.width[which];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int column = blockIdx.x * 32 + lane;
+  float sum = 0;
+  if (column < width) {
+    MAMBA2_UNROLL
+    for (int64_t i = warp; i < s.chunks; i += kSumWarps) sum += s.parts[which][i * width + column];
+  }
+  smem.partial[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= width) return;
+  for (int w = 1; w < kSumWarps; ++w) sum += smem.partial[w][lane];
+  s.sum[which][column] = sum;
+}
+
+int launch_sums(const BackwardParams& p, const DeltaGradientParts& parts, const Gradients& g,
+                void* stream) {
+  ChunkSums s{};
+  s.chunks = g.chunks;
+  int count = 0, widest = 0;
+  const auto add = [&](const float* from, void* to, int width) {
+    if (!to || !from) return;
+    s.parts[count] = from;
+    s.sum[count] = static_cast<float*>(to);
+    s.width[count++] = width;
+    if (width > widest) widest = width;
+  };
+  add(g.dA, p.dA, g.h);
+  add(g.d_dt_bias, p.d_dt_bias, g.h);
+  add(parts.dD, p.dD, parts.dD_width);
+  const LaunchShape at{dim3(ceil_div(widest, 32), count), 32 * kSumWarps, sizeof(SumSmem)};
+  return launch(sum_chunks, at, stream, s);
+}
+
+template <int kRun>
+int launch_gradients(const Gradients& g, void* stream) {
+  const LaunchShape at{dim3(g.chunks, ceil_div(g.h, kHeads)), kThreads, sizeof(Smem<32 * kRun>)};
+  return launch(delta_gradients<kRun>, at, stream, g);
+}
+
+}  // namespace
+
+std::size_t delta_backward_workspace_bytes(int64_t chunks, int h) {
+  return 2 * sizeof(float) * chunks * h;
+}
+
+int delta_backward(const BackwardParams& p, const DeltaGradientParts& parts,
+                   const Chunking& chunking, int64_t chunks, void* workspace, void* stream) {
+  const Inputs& in = p.in;
+  Gradients g{};
+  g.parts = parts;
+  g.chunking = chunking;
+  g.chunks = chunks;
+  g.h = in.shape.h;
+  g.dt = in.dt;
+  g.dt_dtype = in.dt_dtype;
+  g.A = in.A;
+  g.dt_bias = in.dt_bias;
+  g.dt_softplus = in.dt_softplus;
+  g.dt_min = float(in.dt_min);
+  g.dt_max = float(in.dt_max);
+  g.d_log_decay = static_cast<const float*>(p.d_log_decay);
+  g.d_dt = p.d_dt;
+  g.dA = static_cast<float*>(workspace);
+  g.d_dt_bias = g.dA + chunks * g.h;
+
+  int error = chunking.q == 32    ? launch_gradients<1>(g, stream)
+              : chunking.q == 64  ? launch_gradients<2>(g, stream)
+              : chunking.q == 128 ? launch_gradients<4>(g, stream)
+                                  : launch_gradients<8>(g, stream);
+  return error ? error : launch_sums(p, parts, g, stream);
+}
+
+}  // namespace mamba2::ssd
