@@ -22,6 +22,7 @@ struct Chunking {
   int chunks_per_row = 0;          // dense
   const int4* table = nullptr;     // packed: (chunks) {i_seq, token, count, i_c << 1 | is_last}
   const int* first_chunk = nullptr;  // packed: (nseq + 1) first chunk of each sequence
+  const int* first_token = nullptr;  // packed: (nseq + 1) first token of each sequence
 
   MAMBA2_HD Chunk at(int i) const {
     if (table) {

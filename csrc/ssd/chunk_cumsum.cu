@@ -1,0 +1,168 @@
+// chunk_cumsum: the step size and the cumulative log-decay inside each chunk,
+//   delta_t = clamp(softplus(dt_t + dt_bias)),  a_cumsum_log2_t = log2(e) sum_{u <= t} delta_u A
+// over the tokens u of the chunk. A token at which seq_idx changes gets log2 decay -160, which is 0
+// in fp32: the state resets there, and no later stage knows of seq_idx. Tokens past the chunk's end
+// get delta = 0 and decay 1, so that the last entry of a chunk is always its whole decay.
+//
+// grid: (chunk, 16 heads), heads fastest. dt is read along the heads (its contiguous direction) and
+// written along the tokens, turned over in shared memory; a warp then scans one head's tokens, 32
+// at a time. Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a chunk
+// (21 MB at b 8, l 4096, h 80) and by latency when the problem is small.
+#include "../core/convert.cuh"
+#include "../core/launch.h"
+#include "../ptx/common.cuh"
+#include "formulas.cuh"
+#include "launch.h"
+
+namespace mamba2::ssd {
+namespace {
+
+constexpr int kThreads = 256, kHeads = 16;
+constexpr int kWarps = kThreads / 32, kTokenStep = kThreads / kHeads;
+
+struct CumsumParams {
+  Strided dt;  // (b, l, h)
+  DType dt_dtype;
+  AnyFloat A;        // (h)
+  AnyFloat dt_bias;  // (h), optional
+  bool dt_softplus;
+  float dt_min, dt_max;
+  const int* seq_idx;  // (b, l), optional
+  Chunking chunking;
+  int h;
+  float* delta;          // (chunks, h, q) out
+  float* a_cumsum_log2;  // (chunks, h, q) out
+};
+
+template <int q>
+struct CumsumShared {
+  float delta[kHeads][q + 2];  // two heads and two tokens of a warp fall in 32 different banks
+  float a[kHeads][q + 2];
+};
+
+// Whether the sequence of runs in seq_idx starts anew at this token.
+MAMBA2_DEVICE bool resets(const CumsumParams& params, const Chunk& chunk, int token) {
+  if (params.seq_idx == nullptr || token == 0) return false;
+  const int* seq_idx = params.seq_idx + chunk.row * params.chunking.l + token;
+  return seq_idx[0] != seq_idx[-1];
+}
+
+// This thread's tokens of dt for one head, all loads in flight at once; 0 past the chunk's end.
+template <class Stored, int kTokens>
+MAMBA2_DEVICE void load_dt(const void* dt, int64_t at, int64_t stride, int count,
+                           float (&r_dt)[kTokens]) {
+  MAMBA2_UNROLL for (int k = 0; k < kTokens; ++k) {
+    const int t = threadIdx.x / kHeads + k * kTokenStep;
+    r_dt[k] = t < count ? convert<float>(static_cast<const Stored*>(dt)[at + t * stride]) : 0.f;
+  }
+}
+
+template <int q>
+MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, int head_base,
+                              CumsumShared<q>& shared) {
+  const int head = threadIdx.x % kHeads, i_h = head_base + head;
+  if (i_h >= params.h) return;
+  const void* dt = params.dt.ptr;
+  const int64_t at = chunk.row * params.dt.b + chunk.token * params.dt.l + i_h * params.dt.h;
+  float r_dt[q / kTokenStep];
+  switch (params.dt_dtype) {
+    case DType::f64:
+      load_dt<double>(dt, at, params.dt.l, chunk.count, r_dt);
+      break;
+    case DType::f32:
+      load_dt<float>(dt, at, params.dt.l, chunk.count, r_dt);
+      break;
+    case DType::bf16:
+      load_dt<bf16>(dt, at, params.dt.l, chunk.count, r_dt);
+      break;
+    case DType::f16:
+      load_dt<f16>(dt, at, params.dt.l, chunk.count, r_dt);
+      break;
+  }
+  const float A = load<float>(params.A, i_h);
+  const float bias = params.dt_bias.ptr ? load<float>(params.dt_bias, i_h) : 0.f;
+  MAMBA2_UNROLL for (int k = 0; k < q / kTokenStep; ++k) {
+    const int t = threadIdx.x / kHeads + k * kTokenStep;
+    float delta = 0.f, a = 0.f;
+    if (t < chunk.count) {
+      delta = delta_of(r_dt[k], bias, params.dt_softplus, params.dt_min, params.dt_max).value;
+      a = resets(params, chunk, chunk.token + t) ? static_cast<float>(kMinDecayLog2)
+                                                 : decay_log2(delta, A);
+    }
+    shared.delta[head][t] = delta;
+    shared.a[head][t] = a;
+  }
+}
+
+template <int q>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
+    chunk_cumsum_kernel(MAMBA2_GRID_CONSTANT const CumsumParams params) {
+  CumsumShared<q>& shared = *static_cast<CumsumShared<q>*>(ptx::dynamic_smem());
+  const int head_tiles = ceil_div(params.h, kHeads);
+  const int i_chunk = blockIdx.x / head_tiles, head_base = blockIdx.x % head_tiles * kHeads;
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+  const Chunk chunk = params.chunking.at(i_chunk);
+  if (chunk.i_seq < 0) return;
+
+  load_steps(params, chunk, head_base, shared);
+  __syncthreads();
+
+  const int lane = threadIdx.x % 32;
+  for (int head = threadIdx.x / 32; head < kHeads && head_base + head < params.h; head += kWarps) {
+    const int64_t out = (static_cast<int64_t>(i_chunk) * params.h + head_base + head) * q;
+    float before = 0.f;
+    MAMBA2_UNROLL for (int t = lane; t < q; t += 32) {
+      float sum = shared.a[head][t];
+      MAMBA2_UNROLL for (int d = 1; d < 32; d *= 2) {
+        const float left = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += left;
+      }
+      sum += before;
+      before = __shfl_sync(~0u, sum, 31);
+      params.delta[out + t] = shared.delta[head][t];
+      params.a_cumsum_log2[out + t] = sum;
+    }
+  }
+}
+
+template <int q>
+int run(const CumsumParams& params, int64_t chunks, void* stream) {
+  LaunchShape at;
+  at.grid = dim3(static_cast<unsigned>(chunks * ceil_div(params.h, kHeads)));
+  at.threads = kThreads;
+  at.smem_bytes = sizeof(CumsumShared<q>);
+  at.programmatic = params.chunking.table != nullptr;  // then chunk_table runs before it
+  return launch(chunk_cumsum_kernel<q>, at, stream, params);
+}
+
+}  // namespace
+
+int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
+                 void* stream) {
+  const CumsumParams params{in.dt,
+                            in.dt_dtype,
+                            in.A,
+                            in.dt_bias,
+                            in.dt_softplus,
+                            static_cast<float>(in.dt_min),
+                            static_cast<float>(in.dt_max),
+                            in.seq_idx,
+                            chunking,
+                            in.shape.h,
+                            delta,
+                            a_cumsum_log2};
+  const int64_t chunks = in.shape.chunks(chunking.q);
+  switch (chunking.q) {
+    case 64:
+      return run<64>(params, chunks, stream);
+    case 128:
+      return run<128>(params, chunks, stream);
+    case 256:
+      return run<256>(params, chunks, stream);
+    default:
+      return 1;  // cudaErrorInvalidValue
+  }
+}
+
+}  // namespace mamba2::ssd
