@@ -1,4 +1,4 @@
-"""From the raw step dt to the step size delta and the log decay a = delta A (paper, section 2.1)."""
+"""From the raw dt to the step size delta and the log decay a = delta A (paper, section 2.1)."""
 
 import math
 

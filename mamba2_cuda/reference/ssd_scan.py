@@ -116,6 +116,16 @@ def sequence_bounds(cu_seqlens, l):
     return list(zip(cu[:-1], cu[1:]))
 
 
+def hide_outside(v, bounds):
+    """v with 0 at the tokens of no sequence, whatever lies there. v (b, l, ...), or None."""
+    if v is None or bounds is None:
+        return v
+    token = torch.arange(v.size(1), device=v.device)
+    begin, end = (bounds[0][0], bounds[-1][1]) if bounds else (0, 0)
+    outside = (token < begin) | (token >= end)
+    return v.masked_fill(outside.reshape(-1, *[1] * (v.dim() - 2)), 0)
+
+
 def apply_by_sequence(form, tensors, state, bounds):
     """A form on each packed sequence by itself; tokens outside all of them give 0.
 
@@ -172,11 +182,12 @@ def ssd_scan(
     D, z, dt_bias, initial_states = (
         None if v is None else v.to(work) for v in (D, z, dt_bias, initial_states)
     )
+    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, l)
+    x, dt, B, C, z = (hide_outside(v, bounds) for v in (x, dt, B, C, z))
     delta = step_size(dt, dt_bias, dt_softplus, dt_limit)
     a = log_decay(delta, A, seq_idx)
     B, C = (repeat(v, "b l g n -> b l (g r) n", r=h // v.size(2)) for v in (B, C))
 
-    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, l)
     if initial_states is None:
         sequences = x.size(0) if bounds is None else len(bounds)
         initial_states = x.new_zeros(sequences, h, x.size(3), B.size(3))
@@ -187,16 +198,8 @@ def ssd_scan(
         y, final_states = apply_by_sequence(FORMS[form], tensors, initial_states, bounds)
 
     if D is not None:
-        skip = (D[:, None] if D.dim() == 1 else D) * x
-        y = y + (skip if bounds is None else skip * inside(bounds, x))
+        y = y + (D[:, None] if D.dim() == 1 else D) * x
     if z is not None:
         y = y * F.silu(z)
-    y = y.to(out_dtype)
+    y = hide_outside(y, bounds).to(out_dtype)
     return (y, final_states) if return_final_states else y
-
-
-def inside(bounds, x):
-    """1 for the tokens of some sequence, 0 for the others: (l, 1, 1)."""
-    token = torch.arange(x.size(1), device=x.device)
-    begin, end = (bounds[0][0], bounds[-1][1]) if bounds else (0, 0)
-    return ((token >= begin) & (token < end)).to(x.dtype)[:, None, None]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
 from .discretise import log_decay, step_size
-from .ssd_scan import chunk_cumsum, chunk_state, sequence_bounds, state_passing
+from .ssd_scan import chunk_cumsum, chunk_state, hide_outside, sequence_bounds, state_passing
 
 
 @torch.no_grad()
@@ -37,18 +37,19 @@ def yardstick(
     inputs: the arguments of ssd_scan by name. dy (b, l, h, p); d_final_states as final_states;
     d_log_decay (nseq, h), the gradient of sum_t a_t, which ssd_segment_state returns.
     operand: the 16-bit dtype, or None to round nothing; working: what all else runs in.
-    Returns y, final_states, dx, d_dt, dA, dB, dC, dD, dz, d_dt_bias, d_initial_states by name, those
-    of absent arguments left out; a gradient has its argument's dtype, final_states stays unrounded.
+    Returns by name y, final_states, dx, d_dt, dA, dB, dC, dD, dz, d_dt_bias, d_initial_states, but
+    those of absent arguments; a gradient has its argument's dtype, final_states stays unrounded.
     """
     given = {"D": None, "z": None, "dt_bias": None, "initial_states": None, **inputs}
     v = {k: to_working(t, working) for k, t in given.items()}
     options = {k: given[k] for k in ("dt_softplus", "dt_limit") if k in given}
-    delta, slope = step_size_and_slope(v["dt"], v["dt_bias"], **options)
-    a = log_decay(delta, v["A"], given.get("seq_idx"))
-
     b, l, h, p = v["x"].shape
     packed = given.get("cu_seqlens") is not None
     bounds = sequence_bounds(given["cu_seqlens"], l) if packed else [(0, l)]
+    v["dt"] = hide_outside(v["dt"], bounds)
+    delta, slope = step_size_and_slope(v["dt"], v["dt_bias"], **options)
+    a = log_decay(delta, v["A"], given.get("seq_idx"))
+
     sequences = len(bounds) if packed else b
     states = v["initial_states"]
     if states is None:
@@ -64,7 +65,7 @@ def yardstick(
     per_token = {k: torch.zeros_like(tokens[k]) for k in ("x", "delta", "a", "B", "C")}
     per_token["y"] = torch.zeros_like(v["x"])
     per_token["z"] = torch.zeros_like(v["x"])
-    dD = torch.zeros_like(v["x"][0, 0])
+    dD = v["x"].new_zeros(h, p)
     final_states, d_initial_states = states.clone(), d_states.clone()
     for i, (begin, end) in enumerate(bounds):
         if begin == end:

@@ -1,0 +1,31 @@
+"""Where tests run and how many: --full, the devices of this machine, outputs filled with NaN."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all cases, also without a GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each device; CUDA is skipped where there is none."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return request.param
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return "cuda"
+
+
+@pytest.fixture
+def nan_filled():
+    """Memory that an operator allocates holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
