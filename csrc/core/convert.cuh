@@ -94,6 +94,23 @@ MAMBA2_DEVICE To load(AnyFloat a, int64_t i) {
   }
 }
 
+template <class From>
+MAMBA2_DEVICE void store(void* ptr, DType dtype, int64_t i, From v) {
+  switch (dtype) {
+    case DType::f64:
+      static_cast<double*>(ptr)[i] = convert<double>(v);
+      break;
+    case DType::f32:
+      static_cast<float*>(ptr)[i] = convert<float>(v);
+      break;
+    case DType::bf16:
+      static_cast<bf16*>(ptr)[i] = convert<bf16>(v);
+      break;
+    default:
+      static_cast<f16*>(ptr)[i] = convert<f16>(v);
+  }
+}
+
 // Two values, rounded to T and packed low-first: one register of an mma fragment.
 template <class T>
 MAMBA2_DEVICE uint32_t pack2(float lo, float hi);

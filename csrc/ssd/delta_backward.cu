@@ -41,22 +41,6 @@ struct Smem {
   float d_dt_bias[kTokensAtOnce][kHeads];
 };
 
-MAMBA2_DEVICE void store(void* array, DType dtype, int64_t i, float v) {
-  switch (dtype) {
-    case DType::f64:
-      static_cast<double*>(array)[i] = v;
-      break;
-    case DType::f32:
-      static_cast<float*>(array)[i] = v;
-      break;
-    case DType::bf16:
-      static_cast<bf16*>(array)[i] = convert<bf16>(v);
-      break;
-    default:
-      static_cast<f16*>(array)[i] = convert<f16>(v);
-  }
-}
-
 // r[k] becomes the sum over this lane's elements from k on and all of the later lanes'.
 template <int kRun>
 MAMBA2_DEVICE void suffix_sum(float (&r)[kRun], int lane) {

@@ -15,9 +15,9 @@ struct Shape {
   int64_t nseq = 0;     // b, or the number of packed sequences
   bool packed = false;  // cu_seqlens was given (then b == 1)
 
-  int heads_per_group() const { return h / g; }
+  constexpr int heads_per_group() const { return h / g; }
   // Upper bound on the number of chunks of q tokens, when chunks start at sequence starts.
-  int64_t chunks(int q) const { return packed ? l / q + nseq : b * ((l + q - 1) / q); }
+  constexpr int64_t chunks(int q) const { return packed ? l / q + nseq : b * ((l + q - 1) / q); }
 };
 
 // A (b, l, h, p)-like tensor: element strides of the first three dims, the last has stride 1.
@@ -25,12 +25,12 @@ struct Shape {
 struct Strided {
   const void* ptr = nullptr;
   int64_t b = 0, l = 0, h = 0;
-  explicit operator bool() const { return ptr != nullptr; }
+  explicit constexpr operator bool() const { return ptr != nullptr; }
 };
 struct StridedOut {
   void* ptr = nullptr;
   int64_t b = 0, l = 0, h = 0;
-  explicit operator bool() const { return ptr != nullptr; }
+  explicit constexpr operator bool() const { return ptr != nullptr; }
 };
 
 }  // namespace mamba2::ssd

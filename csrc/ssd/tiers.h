@@ -11,6 +11,7 @@ namespace mamba2::ssd {
 #define MAMBA2_SSD_TIER(tier)                                                                    \
   namespace tier {                                                                               \
   /* Whether this tier takes the problem (dtype, p, n); alignment of the tensors is the host's. */ \
+  /* Defined in plan.cpp, so that plans need no kernels. */                                      \
   bool supports(const Problem& problem, const Device& device);                                   \
   std::size_t forward_workspace_bytes(const Problem&, const Plan&, const Device&);               \
   std::size_t backward_workspace_bytes(const Problem&, const Plan&, const Device&);              \

@@ -1,0 +1,62 @@
+// Which tier takes which problem, and how a plan is chosen. Depends on no torch and no CUDA, so
+// that `explain` answers on any machine.
+#include "plan.h"
+
+#include "tiers.h"
+
+namespace mamba2::ssd {
+
+// ---- what each tier takes: its kernels' instances, in words of sizes ----
+
+// The last tier: every type and size that passed the checks.
+bool any::supports(const Problem&, const Device&) { return true; }
+
+// No kernels yet.
+bool sm80::supports(const Problem&, const Device&) { return false; }
+
+// No kernels yet.
+bool sm90::supports(const Problem&, const Device&) { return false; }
+
+namespace {
+
+bool supports(Tier tier, const Problem& problem, const Device& device) {
+  switch (tier) {
+    case Tier::sm90:
+      return sm90::supports(problem, device);
+    case Tier::sm80:
+      return sm80::supports(problem, device);
+    default:
+      return any::supports(problem, device);
+  }
+}
+
+Plan plan_of(Tier tier, int forced, const char* reason) {
+  Plan plan;
+  plan.tier = tier;
+  plan.variant = (forced >> kPlanVariantShift) & kPlanVariantMask;
+  plan.batch_invariant = (forced & kPlanBatchInvariant) != 0;
+  plan.reason = reason;
+  return plan;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const Device& device, int forced) {
+  const int tier = forced & kPlanTierMask;
+  if (tier != 0) {
+    const bool known = tier <= static_cast<int>(Tier::sm90);
+    if (known && supports(static_cast<Tier>(tier), problem, device)) {
+      return plan_of(static_cast<Tier>(tier), forced, "the tier that was asked for");
+    }
+    return plan_of(Tier::any, forced, "the tier that was asked for does not take this problem");
+  }
+  if (supports(Tier::sm90, problem, device)) {
+    return plan_of(Tier::sm90, forced, "wgmma and TMA: 16-bit, a card of compute capability 9.0");
+  }
+  if (supports(Tier::sm80, problem, device)) {
+    return plan_of(Tier::sm80, forced, "mma.sync: 16-bit, sizes that its tiles divide");
+  }
+  return plan_of(Tier::any, forced, "plain loops: no tensor-core kernel takes this type or size");
+}
+
+}  // namespace mamba2::ssd
