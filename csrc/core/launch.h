@@ -3,6 +3,8 @@
 #include "macros.h"
 
 #if defined(MAMBA2_EMULATE)
+#include <tuple>
+
 #include "../ptx/emulation.h"
 #else
 #include <cuda_runtime.h>
@@ -38,6 +40,18 @@ int launch(void (*kernel)(Params...), const LaunchShape& at, void* stream, Args&
   config.numAttrs = at.programmatic ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
+inline const char* launch_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+#else
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), const LaunchShape& at, void* /*stream*/, Args&&... args) {
+  if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return 0;
+  const std::tuple<Params...> params(static_cast<Params>(args)...);
+  return emulation::run(at.grid, at.threads, at.smem_bytes, at.programmatic,
+                        [&] { std::apply(kernel, params); });
+}
+inline const char* launch_error_string(int) { return emulation::last_error().c_str(); }
 #endif
 
 }  // namespace mamba2
