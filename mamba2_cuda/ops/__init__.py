@@ -1,0 +1,12 @@
+"""The public operators. Importing this loads the compiled library (`mamba2_cuda._ops`)."""
+
+from mamba2_cuda._load import load_ops
+
+load_ops()  # what follows describes and calls registered operators
+
+import mamba2_cuda.ops.fakes  # noqa: E402, F401
+from mamba2_cuda.ops.plan import batch_invariant  # noqa: E402
+from mamba2_cuda.ops.ssd_scan import ssd_scan  # noqa: E402
+from mamba2_cuda.ops.ssd_segment_state import ssd_segment_state  # noqa: E402
+
+__all__ = ["batch_invariant", "ssd_scan", "ssd_segment_state"]

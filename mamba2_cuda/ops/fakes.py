@@ -1,0 +1,66 @@
+"""Shapes and dtypes of what each operator returns, for torch.compile (csrc/ops.cpp has both)."""
+
+import torch
+
+fake = torch.library.register_fake
+
+
+def state_dtype(x):
+    """Of states and of the gradients of parameters."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def absent(x):
+    return x.new_empty(0, dtype=state_dtype(x))
+
+
+def like(t, x, dtype=None):
+    """A contiguous tensor of t's shape; absent when t is."""
+    return absent(x) if t is None else t.new_empty(t.shape, dtype=dtype)
+
+
+@fake("mamba2_cuda::ssd_scan_forward")
+def _(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx,
+    dt_softplus, dt_min, dt_max, return_final_states, save_states, plan,
+):  # fmt: skip
+    b, _, h, p = x.shape
+    nseq = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_states = absent(x)
+    if return_final_states:
+        final_states = x.new_empty(nseq, h, p, B.shape[3], dtype=state_dtype(x))
+    return x.new_empty(x.shape), final_states, x.new_empty(0)
+
+
+@fake("mamba2_cuda::ssd_scan_backward")
+def ssd_scan_backward(
+    dy, d_final_states, x, dt, A, B, C, D, z, dt_bias, initial_states, *_options
+):  # fmt: skip
+    state = state_dtype(x)
+    return (
+        like(x, x), like(dt, x), like(A, x, state), like(B, x), like(C, x), like(D, x, state),
+        like(z, x), like(dt_bias, x, state), like(initial_states, x, state),
+    )  # fmt: skip
+
+
+@fake("mamba2_cuda::ssd_scan_backward_out")
+def _(
+    dy, d_final_states, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx,
+    chunk_states, dt_softplus, dt_min, dt_max, plan, dx, d_dt, dB, dC, dz,
+):  # fmt: skip
+    gradients = ssd_scan_backward(dy, None, x, dt, A, B, C, D, z, dt_bias, initial_states)
+    destinations = (dx, d_dt, None, dB, dC, None, dz, None, None)
+    return tuple(g if to is None else absent(x) for g, to in zip(gradients, destinations))
+
+
+@fake("mamba2_cuda::ssd_segment_state_forward")
+def _(x, dt, A, B, *_options):
+    b, _, h, p = x.shape
+    state = state_dtype(x)
+    return x.new_empty(b, h, p, B.shape[3], dtype=state), x.new_empty(b, h, dtype=state)
+
+
+@fake("mamba2_cuda::ssd_segment_state_backward")
+def _(d_state, d_log_decay, x, dt, A, B, dt_bias, *_options):
+    state = state_dtype(x)
+    return like(x, x), like(dt, x), like(A, x, state), like(B, x), like(dt_bias, x, state)
