@@ -1,6 +1,6 @@
 // Each formula of the operator once, for the CPU loops and every CUDA path (docs/ssd.md).
 #pragma once
-#include <cmath>
+#include <math.h>  // and not cmath: functions of the argument's own type without std::
 
 #include "../core/macros.h"
 

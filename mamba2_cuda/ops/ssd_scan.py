@@ -108,4 +108,3 @@ class _SsdScanBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError("ssd_scan: a second differentiation is not implemented")
-
