@@ -26,7 +26,7 @@ test: build
 	$(PY) -m pytest -p bench.stamp
 
 demo: $(READY)
-	$(PY) examples/demo.py --build
+	$(PY) -m examples.byte_lm --build
 
 wheel: $(READY)
 	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
