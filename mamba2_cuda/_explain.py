@@ -1,5 +1,7 @@
 """Questions to the build: what it holds, and which kernels a problem gets."""
 
+import torch
+
 from mamba2_cuda._load import load_ops, load_questions
 
 
@@ -11,3 +13,89 @@ def build_info():
     Raises BuildError when a compiled part is missing.
     """
     return {**load_questions().build_info(), "ops": str(load_ops())}
+
+
+def explain(
+    *,
+    b,
+    l,
+    h,
+    p,
+    g=1,
+    n,
+    dtype=torch.bfloat16,
+    sequences=None,
+    backward=False,
+    has_z=False,
+    save_states=False,
+    device=None,
+    plan=0,
+):
+    """Which kernels ssd_scan takes for a problem, and why; nothing is run.
+
+    b batch, l length, h heads, p head dim, g groups, n state dim; sequences: how many cu_seqlens
+    packs into the row (None: no cu_seqlens). device: a torch device (None: the current GPU, or the
+    CPU if there is none), or (major, minor, multiprocessors) of a card that need not be here.
+    plan: the private integer of the operators, to ask about a forced tier.
+
+    Returns a dict: tier ("cpu", "any", "sm80", "sm90"), reason, q (tokens in a chunk), chunks,
+    segment_chunks (0: sequences are not split), variant, floor_bytes (every input read once, every
+    output written once), flops (of the block form with chunks of 64).
+    Raises BuildError when mamba2_cuda._C is not built for this Python.
+    """
+    major, minor, sm_count = capability(device)
+    answer = load_questions().plan(
+        b, l, h, p, g, n,
+        nseq=b if sequences is None else sequences,
+        packed=sequences is not None,
+        dtype=str(dtype).removeprefix("torch."),
+        backward=backward,
+        has_z=has_z,
+        save_states=save_states,
+        major=major,
+        minor=minor,
+        sm_count=sm_count,
+        forced=plan,
+    )  # fmt: skip
+    op = "bwd" if backward else "fwd"
+    answer["floor_bytes"] = floor_bytes(op, b, l, h, p, g, n, has_z, dtype.itemsize)
+    answer["flops"] = flops(op, b, l, h, p, g, n)
+    return answer
+
+
+def capability(device):
+    """(major, minor, multiprocessors) of a device; (0, 0, 1) for the CPU."""
+    if isinstance(device, tuple):
+        return device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cpu":
+        return 0, 0, 1
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.minor, found.multi_processor_count
+
+
+def floor_bytes(op, b, l, h, p, g, n, has_z=False, element=2):
+    """Bytes that op ("fwd" or "bwd") must move: every input read once, every output written once.
+
+    x, dt, B, C, y and their gradients of `element` bytes; what is (h,) or per sequence is nothing.
+    """
+    x, dt, BC = b * l * h * p, b * l * h, 2 * b * l * g * n
+    z = x if has_z else 0
+    forward = 2 * x + dt + BC + z  # x, dt, B, C, z -> y
+    backward = 3 * x + 2 * (dt + BC + z)  # x, dy, dt, B, C, z -> dx, d_dt, dB, dC, dz
+    return element * {"fwd": forward, "bwd": backward}[op]
+
+
+def flops(op, b, l, h, p, g, n, q=64):
+    """FLOPs of the block form with chunks of q, C B^T and its gradient computed once for a group.
+
+    Forward: C B^T; M X; and for the states X~^T B and S C. Backward: C B^T; the states again; their
+    gradients dY^T C; and into dx, dM, dB and dC one product inside the chunk and one across each,
+    those of dB and dC after dM is summed over the heads of the group.
+    """
+    inside, across = 2 * q * p, 2 * n * p  # one product, for a token of a head
+    scores = 2 * q * n  # one product, for a token of a group
+    forward = h * (inside + 2 * across) + g * scores
+    backward = h * (2 * inside + 5 * across) + g * 3 * scores
+    return b * l * {"fwd": forward, "bwd": backward}[op]

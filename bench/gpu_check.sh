@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# What is checked and measured on a GPU, in stages that each end within minutes:
+#   bench/gpu_check.sh STAGE...
+#     smoke      the library loads; every tier on a few small problems
+#     tests      pytest, with the stamp that bench wants      ($PYTEST_ARGS)
+#     sanitize   compute-sanitizer on small problems          ($TIERS, $SANITIZERS)
+#     bench      times and ratios                             ($BENCH_ARGS of bench.run)
+#     ncu        every kernel once, by the hardware counters  ($SHAPE)
+# Builds nothing: wants mamba2_cuda/_ops*.so. Logs, rows and tables go under $OUT (default out).
+# The exit status says whether every stage passed; the last lines say which did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export OUT=${OUT:-$PWD/out} PYTHONUNBUFFERED=1
+PY=${PY:-python3}
+mkdir -p "$OUT"
+
+smoke() { $PY -m bench.smoke; }
+
+tests() { $PY -m pytest -p bench.stamp -q --tb=short ${PYTEST_ARGS:-}; }
+
+sanitize() {
+  local status=0 tool tier
+  for tool in ${SANITIZERS:-memcheck racecheck initcheck}; do
+    for tier in ${TIERS:-1 2 3}; do
+      echo "== $tool, tier $tier"
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 compute-sanitizer --tool "$tool" \
+        --error-exitcode 9 --print-limit 5 \
+        $PY -m bench.smoke --tier "$tier" --run-only || status=1
+    done
+  done
+  return $status
+}
+
+bench() { $PY -m bench.run --mamba-ssm "${MAMBA_SSM:-}" ${BENCH_ARGS:-}; }
+
+ncu_() {
+  ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
+    -k 'regex:mamba2' --set full --csv --page raw --log-file "$OUT/ncu.csv" \
+    $PY -m bench.once --shape "${SHAPE:-2.7b_b8_l4k}" &&
+    $PY -m bench.ncu_table "$OUT/ncu.csv" "$OUT/ncu.json" | tee "$OUT/ncu.md"
+}
+
+failed=0 summary=""
+for stage in "$@"; do
+  case $stage in
+    smoke | tests | sanitize | bench) run=$stage ;;
+    ncu) run=ncu_ ;;
+    *) echo "unknown stage $stage" >&2; exit 2 ;;
+  esac
+  begin=$SECONDS
+  "$run" > >(tee "$OUT/$stage.log" | tail -n "${TAIL:-60}") 2>&1
+  status=$?
+  [ $status = 0 ] || failed=1
+  summary+="$stage: $([ $status = 0 ] && echo passed || echo "FAILED ($status)"), "
+  summary+="$((SECONDS - begin)) s"$'\n'
+done
+sleep 0.2
+printf '\n%s' "$summary"
+exit $failed

@@ -1,0 +1,183 @@
+"""Times ssd_scan beside its rivals on one GPU.
+
+    python -m bench.run                                  the eight shapes, forward and backward
+    python -m bench.run --shapes 2.7b_b8_l4k --impls mamba2_cuda --ops fwd
+    python -m bench.run --sweep                          the paper's benchmark figure, as PNG
+
+Refuses when the tests of these sources were not green on this machine's GPU: run
+`python -m pytest -p bench.stamp` first.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench import figure, rows, stamp, timing
+from bench.rivals import implementations
+from bench.shapes import (
+    LAUNCH_BOUND,
+    LENGTH_SWEEP,
+    SHAPES,
+    STATE_SWEEP,
+    attention_flops,
+    over_ops,
+)
+from mamba2_cuda._explain import floor_bytes, flops
+
+OURS, RIVAL = "mamba2_cuda", "mamba_ssm"
+IMPLEMENTATIONS = (OURS, RIVAL, "sdpa_flash", "sdpa_cudnn")
+OPS = ("fwd", "bwd", "train")
+
+
+def main():
+    options = parse_options()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.run measures on a GPU; python -m bench.cpu measures on the CPU")
+    try:
+        print("tests:", stamp.require_green(gpu=True)["summary"])
+    except stamp.RedTests as red:
+        if not options.unchecked:
+            raise SystemExit(f"no figures: {red}") from None
+        print(f"UNCHECKED, nothing is saved: {red}")
+    found, missing = implementations(options.impls, options.mamba_ssm)
+    print("not here:", *(missing or ["none"]), sep="\n  ")
+    copy_rate = timing.copy_bytes_per_second()
+    print(f"{torch.cuda.get_device_name()}: copy {copy_rate / 1e12:.2f} TB/s")
+    common = provenance(options)
+    torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot capture the default stream
+    measured = sweep(found, common, copy_rate) if options.sweep else []
+    for name in [] if options.sweep else options.shapes:
+        measured += measure_shape(SHAPES[name], found, options, common, copy_rate)
+    print(rows.table(measured))
+    if not options.unchecked:
+        target = options.results / ("h200_sweep.json" if options.sweep else "h200.json")
+        rows.add(target, measured)
+        print(f"rows: {target}")
+    if options.sweep:
+        figure.draw(measured, options.results / "ssd_sweep.png")
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    out = os.environ.get("OUT", stamp.ROOT / "bench/results")
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--impls", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    add("--ops", nargs="+", choices=OPS, default=list(OPS))
+    add("--sweep", action="store_true", help="time against length and state size, and the figure")
+    add("--mamba-ssm", help="folder of the unpacked sdist (or $MAMBA_SSM, or third_party/)")
+    add("--results", type=Path, default=Path(out), help="folder of h200.json (or $OUT)")
+    add("--commit", default=None, help="what is measured, where git does not say")
+    add("--unchecked", action="store_true", help="measure without green tests, and save nothing")
+    return parser.parse_args()
+
+
+def provenance(options):
+    commit = options.commit or os.environ.get("MAMBA2_COMMIT")
+    if not commit:
+        ask = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", "bench.run", *sys.argv[1:]]),
+    }
+
+
+def measure_shape(shape, found, options, common, copy_rate):
+    """Rows of one shape: every implementation, op, and way of calling; the rival's ratio last."""
+    ways = (False, True) if shape.name in LAUNCH_BOUND else (False,)
+    measured = []
+    for implementation in found:
+        for op in options.ops:
+            for graph in ways if implementation.op == "ssd" else (False,):
+                row = measure(implementation, shape, op, graph, copy_rate)
+                measured.append({**row, **common})
+                print(rows.table(measured[-1:]).splitlines()[1], flush=True)
+    return with_ratios(measured)
+
+
+def measure(implementation, shape, op, graph, copy_rate):
+    call = calls(implementation, shape, op)
+    for _ in range(3):
+        call()  # Triton compiles and tunes here
+    replay = timing.graphed(call) if graph else call
+    ms = timing.median_ms(replay)
+    row = {
+        "op": f"{implementation.op}_{op}",
+        "shape": shape.name,
+        "dtype": "bf16",
+        "impl": implementation.name,
+        "version": implementation.version,
+        "ms": round(ms, 5),
+        "graph": graph,
+    }
+    if implementation.op == "ssd":
+        moved, computed = over_ops(floor_bytes, shape, op), over_ops(flops, shape, op)
+        row["tb_per_s"] = round(moved / ms * 1e-9, 3)
+        row["floor_share"] = round(moved / copy_rate * 1e3 / ms, 4)
+    else:
+        computed = attention_flops(shape, op)
+    row["tflop_per_s"] = round(computed / ms * 1e-9, 1)
+    if op == "train" and not graph:
+        row["peak_extra_bytes"] = timing.peak_extra_bytes(call)
+    return row
+
+
+def calls(implementation, shape, op):
+    """The function to time: a forward, a backward through one kept graph, or both."""
+    forward, leaves = implementation.prepare(shape, requires_grad=op != "fwd")
+    if op == "fwd":
+        return torch.no_grad()(forward)
+    if op == "bwd":
+        y = forward()
+        dy = torch.randn_like(y)
+        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    dy = torch.randn_like(forward())
+    return lambda: torch.autograd.grad(forward(), leaves, dy)
+
+
+def with_ratios(measured):
+    """Adds to our rows of one shape how many times as long each other implementation takes."""
+    for row in measured:
+        if row["impl"] == OURS:
+            row["ratios"] = {
+                other["impl"]: round(other["ms"] / row["ms"], 3)
+                for other in measured
+                if other["impl"] != OURS and same_work(row, other)
+            }
+            row["ratio"] = row["ratios"].get(RIVAL)
+    return measured
+
+
+def same_work(row, other):
+    """Whether both are forwards, or backwards, or both, called in the same way."""
+    ways = [(r["op"].split("_")[1], r["graph"]) for r in (row, other)]
+    return ways[0] == ways[1]
+
+
+def sweep(found, common, copy_rate):
+    """Rows for the figure: forward and backward against length, forward against state size."""
+    measured = []
+    for shapes, ops in ((LENGTH_SWEEP, ("fwd", "bwd")), (STATE_SWEEP, ("fwd",))):
+        for shape in shapes:
+            row_set = [
+                {**measure(implementation, shape, op, False, copy_rate), **common}
+                for implementation in found
+                for op in ops
+            ]
+            print(rows.table(row_set), flush=True)
+            measured += with_ratios(row_set)
+    return measured
+
+
+if __name__ == "__main__":
+    main()

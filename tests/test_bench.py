@@ -1,0 +1,104 @@
+"""The benchmark's own arithmetic and book-keeping; the measuring itself needs a GPU."""
+
+import json
+
+import pytest
+
+from bench import figure, rows, run, stamp
+from bench.shapes import LENGTH_SWEEP, SHAPES, STATE_SWEEP, over_ops
+from mamba2_cuda._explain import floor_bytes, flops
+
+# Bytes per token at p 64, n 128, h 80, g 1, bf16, and FLOPs per token-head, counted by hand.
+TOKEN_BYTES = {"fwd": 21_152, "bwd": 32_064}
+HEAD_FLOPS = {"fwd": 41_165, "bwd": 98_918}
+
+
+@pytest.mark.parametrize("op", ["fwd", "bwd"])
+def test_floor_and_flops(op):
+    shape = SHAPES["2.7b_b8_l4k"]
+    tokens = shape.b * shape.l
+    assert over_ops(floor_bytes, shape, op) == tokens * TOKEN_BYTES[op]
+    assert over_ops(flops, shape, op) == pytest.approx(tokens * 80 * HEAD_FLOPS[op], rel=1e-4)
+
+
+def test_train_is_forward_and_backward():
+    shape = SHAPES["8b_g8_b4_l4k"]
+    for function in (floor_bytes, flops):
+        parts = [over_ops(function, shape, op) for op in ("fwd", "bwd")]
+        assert over_ops(function, shape, "train") == sum(parts)
+
+
+def row(impl="mamba2_cuda", op="ssd_fwd", ms=1.0, **more):
+    base = {"op": op, "shape": "2.7b_b8_l4k", "dtype": "bf16", "impl": impl, "version": "1",
+            "ms": ms, "gpu": "card", "torch": "2.11", "commit": "abc", "date": "d",
+            "graph": False}  # fmt: skip
+    return base | more
+
+
+def test_ratios_compare_the_same_work():
+    measured = [
+        row(ms=0.5),
+        row("mamba_ssm", ms=2.0),
+        row("mamba_ssm", op="ssd_bwd", ms=9.0),
+        row("mamba_ssm", ms=1.0, graph=True),
+        row("sdpa_flash", op="attention_fwd", ms=5.0),
+    ]
+    ours = run.with_ratios(measured)[0]
+    assert ours["ratios"] == {"mamba_ssm": 4.0, "sdpa_flash": 10.0}
+    assert ours["ratio"] == 4.0
+    assert "ratios" not in measured[1]
+
+
+def test_rows_are_appended_and_remeasured(tmp_path):
+    path = tmp_path / "results" / "h200.json"
+    rows.add(path, [row(ms=1.0), row("mamba_ssm", ms=2.0)])
+    rows.add(path, [row(ms=0.9), row(ms=0.8, commit="def")])
+    kept = json.loads(path.read_text())
+    assert [(r["impl"], r["ms"], r["commit"]) for r in kept] == [
+        ("mamba2_cuda", 0.9, "abc"),
+        ("mamba_ssm", 2.0, "abc"),
+        ("mamba2_cuda", 0.8, "def"),
+    ]
+    assert len(rows.table(kept).splitlines()) == 4
+
+
+STAMP = {"passed": 3, "failed": 0, "error": 0, "exit_status": 0, "summary": "3 passed", "gpu": "H"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"failed": 1}, "red"),
+        ({"passed": 0}, "red"),
+        ({"exit_status": 2}, "red"),
+        ({"digest": "of other sources"}, "sources changed"),
+        ({"gpu": ""}, "no GPU"),
+    ],
+)
+def test_no_figures_from_red_tests(tmp_path, monkeypatch, change, reason):
+    path = tmp_path / "tests.json"
+    path.write_text(json.dumps({**STAMP, "digest": stamp.digest(), **change}))
+    monkeypatch.setattr(stamp, "STAMP", path)
+    if reason is None:
+        assert stamp.require_green(gpu=True)["passed"] == 3
+    else:
+        with pytest.raises(stamp.RedTests, match=reason):
+            stamp.require_green(gpu=True)
+
+
+def test_no_figures_without_tests(tmp_path, monkeypatch):
+    monkeypatch.setattr(stamp, "STAMP", tmp_path / "absent.json")
+    with pytest.raises(stamp.RedTests, match="no test run is on record"):
+        stamp.require_green(gpu=False)
+
+
+def test_figure_has_a_line_for_each(tmp_path):
+    measured = [
+        row(impl, f"ssd_{op}", shape.l / 1e4 + i, shape=shape.name)
+        for i, impl in enumerate(("mamba2_cuda", "mamba_ssm"))
+        for op in ("fwd", "bwd")
+        for shape in LENGTH_SWEEP + STATE_SWEEP
+    ]
+    figure.draw(measured, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
