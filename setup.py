@@ -26,6 +26,7 @@ except ImportError as missing:
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
+COMMON_FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall"]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mamba2_cuda/_version.py").read_text())[1]
 
 
@@ -87,9 +88,8 @@ def cudart(toolkit):
 
 def operators(toolkit, macros):
     macros = [*macros, ("TORCH_TARGET_VERSION", STABLE_ABI_TARGET)]
-    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
     link = ["-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"]
-    flags = {"cxx": cxx}
+    flags = {"cxx": [*COMMON_FLAGS, "-O3", "-fno-math-errno", "-fno-trapping-math"]}
     if toolkit:
         macros.append(("USE_CUDA", None))
         extra = os.environ.get("MAMBA2_NVCC_FLAGS", "").split()
@@ -114,7 +114,7 @@ def questions(macros):
         ["csrc/bindings.cpp", *plan],
         include_dirs=[pybind11.get_include()],
         define_macros=macros,
-        extra_compile_args={"cxx": ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall"]},
+        extra_compile_args={"cxx": [*COMMON_FLAGS, "-O2"]},
         depends=headers(),
         language="c++",
     )
@@ -123,14 +123,19 @@ def questions(macros):
 class Build(cpp_extension.BuildExtension):
     """Always asks ninja, which knows what is stale: setuptools sees neither flags nor archs change.
 
-    Objects of different configurations lie apart. nvcc runs through tools/nvcc_logged.py, which
-    keeps what ptxas said beside each object.
+    Objects of different modules and configurations lie apart. nvcc runs through
+    tools/nvcc_logged.py, which keeps what ptxas said beside each object.
     """
 
     def finalize_options(self):
         super().finalize_options()
         self.force = True
         self.build_temp += "-cuda" if cpp_extension.CUDA_HOME else "-cpu"
+
+    def build_extension(self, extension):
+        everything, self.build_temp = self.build_temp, f"{self.build_temp}/{extension.name}"
+        super().build_extension(extension)
+        self.build_temp = everything
 
 
 toolkit = cuda_toolkit()
@@ -147,10 +152,7 @@ macros = [
 # A wheel of the operators alone fits every Python; with _C it fits the one that built it.
 ops_only = os.environ.get("MAMBA2_OPS_ONLY") == "1"
 setup(
-    ext_modules=[
-        *([operators(toolkit, macros)] if sources(bool(toolkit)) else []),
-        *([] if ops_only else [questions(macros)]),
-    ],
+    ext_modules=[operators(toolkit, macros)] + ([] if ops_only else [questions(macros)]),
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ops_only else {},
 )

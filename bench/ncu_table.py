@@ -57,8 +57,9 @@ def summary(head, units, launch):
 
 
 def short_name(name):
+    name = name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "")
     name = re.sub(r"\(.*", "", name).removeprefix("void ")
-    return re.sub(r"\b(mamba2|ssd|<unnamed>)::", "", name).replace("(anonymous namespace)::", "")
+    return re.sub(r"\b(mamba2|ssd)::", "", name)
 
 
 def largest(patterns, factors, head, units, launch):

@@ -1,6 +1,6 @@
 """A first look at every tier on a card: a few small problems, each result against its yardstick.
 
-    python -m bench.smoke                       each tier in a process of its own, a table at the end
+    python -m bench.smoke                       each tier in a process of its own, then a table
     python -m bench.smoke --tier 3 --run-only   for sanitizers: small cases, unchecked
 
 A tier that hangs or breaks the CUDA context costs its own process only. Below 1.0 passes: the worst

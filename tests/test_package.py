@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mamba2_cuda
 from mamba2_cuda import _load
@@ -83,3 +84,24 @@ def test_ptxas_log_is_judged(text, complaints):
 
 def test_no_kernel_is_no_pass(tmp_path):
     assert check_ptxas.main(tmp_path) == 1
+
+
+def test_explain():
+    plan = mamba2_cuda.explain(b=2, l=130, h=3, p=5, n=7, dtype=torch.float64, device=(9, 0, 132))
+    assert (plan["tier"], plan["q"], plan["chunks"]) == ("any", 64, 6)
+    packed = mamba2_cuda.explain(b=1, l=130, h=3, p=5, n=7, sequences=4, device="cpu")
+    assert (packed["tier"], packed["chunks"]) == ("cpu", 130 // 64 + 4)
+
+
+def test_explain_refuses_other_types():
+    with pytest.raises(ValueError, match="dtype must be float64.*got int32"):
+        mamba2_cuda.explain(b=1, l=1, h=1, p=1, n=1, dtype=torch.int32, device="cpu")
+
+
+def test_operators_know_no_python():
+    library = mamba2_cuda.build_info()["ops"]
+    command = ["nm", "-D", "--undefined-only", library]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    wanted = run.stdout.split()
+    assert any("aoti_torch" in name for name in wanted), "not a library of operators"
+    assert not [name for name in wanted if name.startswith(("Py", "_Py"))]

@@ -52,7 +52,8 @@ def main(folder):
         kernels += judged
         complaints += [f"{log.name}: {line}" for line in loose]
     for kernel, name in zip(kernels, demangle([k[0] for k in kernels])):
-        short = re.sub(r"\(.*", "", name).removeprefix("void ")
+        name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+        short = re.sub(r"\(.*", "", name)
         print(f"{kernel[1]:8} {kernel[2]:4} registers  {short}")
         complaints += [f"{kernel[1]} {short}: {complaint}" for complaint in kernel[3]]
     print(f"{len(kernels)} kernels in {len(logs)} files, {len(complaints)} complaints")
