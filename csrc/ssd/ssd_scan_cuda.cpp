@@ -1,0 +1,240 @@
+// ssd_scan and ssd_segment_state on a CUDA device: check, plan, allocate, run the plan's tier.
+// The host emulation registers this same file for CPU tensors, in a namespace of its own.
+#include "../core/device.h"
+#include "../core/workspace.h"
+#include "ssd_call.h"
+#include "tiers.h"
+
+#ifndef MAMBA2_DISPATCH_KEY
+#define MAMBA2_DISPATCH_KEY CUDA
+#endif
+
+namespace mamba2::ssd {
+namespace {
+
+// The entry points of one tier.
+struct TierKernels {
+  decltype(&any::forward_workspace_bytes) forward_workspace_bytes;
+  decltype(&any::backward_workspace_bytes) backward_workspace_bytes;
+  decltype(&any::chunk_states_numel) chunk_states_numel;
+  decltype(&any::forward) forward;
+  decltype(&any::backward) backward;
+};
+
+const TierKernels& kernels_of(Tier tier) {
+  static constexpr TierKernels kAny{any::forward_workspace_bytes, any::backward_workspace_bytes,
+                                    any::chunk_states_numel, any::forward, any::backward};
+  static constexpr TierKernels kSm80{sm80::forward_workspace_bytes, sm80::backward_workspace_bytes,
+                                     sm80::chunk_states_numel, sm80::forward, sm80::backward};
+  static constexpr TierKernels kSm90{sm90::forward_workspace_bytes, sm90::backward_workspace_bytes,
+                                     sm90::chunk_states_numel, sm90::forward, sm90::backward};
+  return tier == Tier::sm90 ? kSm90 : tier == Tier::sm80 ? kSm80 : kAny;
+}
+
+// The scratch memory of a call.
+struct Scratch {
+  Tensor memory;
+  void* first;
+  Scratch(std::size_t bytes, const Tensor& like)
+      : memory(allocate_bytes(static_cast<int64_t>(bytes + Workspace::kAlignment), like)) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+    const auto aligned = (address + Workspace::kAlignment - 1) & ~(Workspace::kAlignment - 1);
+    first = reinterpret_cast<void*>(aligned);
+  }
+};
+
+bool has_no_token(const Shape& shape) { return shape.b == 0 || shape.l == 0; }
+
+Sizes sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+Tensor zeros_like(const Tensor& t) {
+  Tensor zeros = allocate(sizes_of(t), t.scalar_type(), t);
+  torch::stable::zero_(zeros);
+  return zeros;
+}
+// to = from, or zeros where there is none. Of no use to 0-element tensors.
+void fill(Tensor to, const OptionalTensor& from) {
+  if (to.numel() == 0) return;
+  if (from) {
+    torch::stable::copy_(to, *from);
+  } else {
+    torch::stable::zero_(to);
+  }
+}
+
+Problem problem_of(const Inputs& in, bool backward, bool save_states) {
+  Problem problem;
+  problem.shape = in.shape;
+  problem.dtype = in.dtype;
+  problem.backward = backward;
+  problem.has_z = static_cast<bool>(in.z);
+  problem.save_states = save_states;
+  return problem;
+}
+Device device_of(const OnDevice& at) {
+  const Card& card = at.card();
+  return {card.major, card.minor, card.sm_count};
+}
+
+// ---- forward ----
+
+// What the forward keeps: nothing, when another tier than its own runs the backward.
+int64_t kept_numel(Problem problem, const Plan& plan, const Device& device, int forced) {
+  problem.backward = true;
+  const Plan backward = make_plan(problem, device, forced);
+  if (backward.tier != plan.tier) return 0;
+  return kernels_of(plan.tier).chunk_states_numel(problem, backward);
+}
+
+// Runs a prepared call with at least one token; returns what was kept for the backward.
+Tensor run_forward(const char* op, ForwardCall& call, const Tensor& x, bool save_states,
+                   int forced) {
+  const OnDevice at(x);
+  const Device device = device_of(at);
+  Problem problem = problem_of(call.params.in, false, save_states);
+  const Plan plan = make_plan(problem, device, forced);
+  const int64_t numel = save_states ? kept_numel(problem, plan, device, forced) : 0;
+  problem.save_states = numel > 0;
+  Tensor chunk_states = allocate(Sizes{numel}, x.scalar_type(), x);
+  if (numel > 0) call.params.chunk_states = chunk_states.mutable_data_ptr();
+
+  const TierKernels& kernels = kernels_of(plan.tier);
+  const Scratch scratch(kernels.forward_workspace_bytes(problem, plan, device), x);
+  at.check_launch(op, kernels.forward(call.params, plan, device, scratch.first, at.stream()));
+  return chunk_states;
+}
+
+ForwardResult scan_forward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                           OptionalTensor z, OptionalTensor dt_bias, OptionalTensor initial_states,
+                           OptionalTensor cu_seqlens, OptionalTensor seq_idx, bool dt_softplus,
+                           double dt_min, double dt_max, bool return_final_states, bool save_states,
+                           int64_t plan) {
+  constexpr const char* kOp = "ssd_scan";
+  const ScanArguments arguments{
+      x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
+      cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
+  ForwardCall call = prepare_scan(kOp, arguments, return_final_states);
+  if (has_no_token(call.params.in.shape)) {
+    fill(call.final_states, initial_states);
+    return {call.y, call.final_states, absent(dtype_of(x), x)};
+  }
+  Tensor chunk_states = run_forward(kOp, call, x, save_states, static_cast<int>(plan));
+  return {call.y, call.final_states, chunk_states};
+}
+
+std::tuple<Tensor, Tensor> segment_state_forward(Tensor x, Tensor dt, Tensor A, Tensor B,
+                                                 OptionalTensor dt_bias, bool dt_softplus,
+                                                 double dt_min, double dt_max, int64_t plan) {
+  constexpr const char* kOp = "ssd_segment_state";
+  ScanArguments arguments{x, dt, A, B};
+  arguments.dt_bias = dt_bias;
+  arguments.dt_softplus = dt_softplus;
+  arguments.dt_min = dt_min;
+  arguments.dt_max = dt_max;
+  ForwardCall call = prepare_segment_state(kOp, arguments);
+  if (has_no_token(call.params.in.shape)) {
+    fill(call.final_states, std::nullopt);
+    fill(call.log_decay, std::nullopt);
+  } else {
+    run_forward(kOp, call, x, false, static_cast<int>(plan));
+  }
+  return {call.final_states, call.log_decay};
+}
+
+// ---- backward ----
+
+void fill_gradients_of_nothing(BackwardCall& call, const OptionalTensor& d_final_states) {
+  fill(call.dA, std::nullopt);
+  fill(call.dD, std::nullopt);
+  fill(call.d_dt_bias, std::nullopt);
+  fill(call.d_initial_states, d_final_states);
+}
+
+BackwardResult run_backward(const char* op, const ScanArguments& arguments,
+                            const GradientArguments& gradients, int forced) {
+  BackwardCall call = prepare_backward(op, arguments, gradients);
+  if (has_no_token(call.params.in.shape)) {
+    fill_gradients_of_nothing(call, gradients.d_final_states);
+    return result_of(call);
+  }
+  const Tensor& x = arguments.x;
+  const OnDevice at(x);
+  const Device device = device_of(at);
+  const bool kept = call.params.chunk_states != nullptr;
+  const Problem problem = problem_of(call.params.in, true, kept);
+  const Plan plan = make_plan(problem, device, forced);
+  const TierKernels& kernels = kernels_of(plan.tier);
+  if (kept) {
+    const int64_t numel = kernels.chunk_states_numel(problem, plan);
+    const bool ours = gradients.chunk_states->numel() == numel &&
+                      gradients.chunk_states->scalar_type() == x.scalar_type();
+    check(ours, op, ": chunk_states must be what the forward kept, ", numel, " elements of ",
+          describe_dtype(x.scalar_type()), ", got ", gradients.chunk_states->numel(), " of ",
+          describe_dtype(gradients.chunk_states->scalar_type()));
+  }
+  const Scratch scratch(kernels.backward_workspace_bytes(problem, plan, device), x);
+  at.check_launch(op, kernels.backward(call.params, plan, device, scratch.first, at.stream()));
+  call.finish();
+  return result_of(call);
+}
+
+BackwardResult scan_backward_out(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor dt,
+                                 Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                                 OptionalTensor dt_bias, OptionalTensor initial_states,
+                                 OptionalTensor cu_seqlens, OptionalTensor seq_idx,
+                                 OptionalTensor chunk_states, bool dt_softplus, double dt_min,
+                                 double dt_max, int64_t plan, OptionalTensor dx,
+                                 OptionalTensor d_dt, OptionalTensor dB, OptionalTensor dC,
+                                 OptionalTensor dz) {
+  const ScanArguments arguments{
+      x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
+      cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
+  const GradientArguments gradients{
+      dy, d_final_states, std::nullopt, chunk_states, dx, d_dt, dB, dC, dz};
+  return run_backward("ssd_scan backward", arguments, gradients, static_cast<int>(plan));
+}
+
+BackwardResult scan_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor dt,
+                             Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                             OptionalTensor dt_bias, OptionalTensor initial_states,
+                             OptionalTensor cu_seqlens, OptionalTensor seq_idx,
+                             OptionalTensor chunk_states, bool dt_softplus, double dt_min,
+                             double dt_max, int64_t plan) {
+  return scan_backward_out(dy, d_final_states, x, dt, A, B, C, D, z, dt_bias, initial_states,
+                           cu_seqlens, seq_idx, chunk_states, dt_softplus, dt_min, dt_max, plan,
+                           std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+}
+
+// The backward of a scan whose output nobody uses: dy = 0 and C = 0, of which only the gradients of
+// the final state and of the decay are left.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> segment_state_backward(
+    Tensor d_state, Tensor d_log_decay, Tensor x, Tensor dt, Tensor A, Tensor B,
+    OptionalTensor dt_bias, bool dt_softplus, double dt_min, double dt_max, int64_t plan) {
+  ScanArguments arguments{x, dt, A, B};
+  arguments.C = zeros_like(B);
+  arguments.dt_bias = dt_bias;
+  arguments.dt_softplus = dt_softplus;
+  arguments.dt_min = dt_min;
+  arguments.dt_max = dt_max;
+  GradientArguments gradients;
+  gradients.dy = zeros_like(x);
+  gradients.d_final_states = d_state;
+  gradients.d_log_decay = d_log_decay;
+  const BackwardResult all =
+      run_backward("ssd_segment_state backward", arguments, gradients, static_cast<int>(plan));
+  return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<3>(all), std::get<7>(all)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
+  m.impl("ssd_scan_forward", TORCH_BOX(&scan_forward));
+  m.impl("ssd_scan_backward", TORCH_BOX(&scan_backward));
+  m.impl("ssd_scan_backward_out", TORCH_BOX(&scan_backward_out));
+  m.impl("ssd_segment_state_forward", TORCH_BOX(&segment_state_forward));
+  m.impl("ssd_segment_state_backward", TORCH_BOX(&segment_state_backward));
+}
+
+}  // namespace mamba2::ssd
