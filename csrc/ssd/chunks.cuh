@@ -1,6 +1,8 @@
 // Chunks: q consecutive tokens of one sequence (fewer in its last chunk), numbered over all
 // sequences. Dense rows need no table; packed sequences get one from chunk_table.cu.
 #pragma once
+#include <vector_types.h>
+
 #include "../core/macros.h"
 #include "shape.h"
 
