@@ -1,20 +1,36 @@
-// core/device.h for the host emulation: one card of compute capability 9.0 with few SMs, no streams.
-#include "core/device.h"
-
-#include "core/launch.h"
+// The emulated card for the operators' host side, in place of csrc/core/device_cuda.cpp: of compute
+// capability 9.0, no stream, no device to guard.
+#include "../../csrc/core/device.h"
+#include "../../csrc/core/launch.h"
 
 namespace mamba2 {
+namespace {
+
+Card& emulated_card() {
+  static Card card{9, 0, 4};
+  return card;
+}
+
+}  // namespace
 
 struct OnDevice::Guard {};
 
-OnDevice::OnDevice(const Tensor& t) : index_(t.get_device_index()) {
-  static const Card card{9, 0, 4};
-  card_ = &card;
-}
+OnDevice::OnDevice(const Tensor&) : card_(&emulated_card()) {}
 OnDevice::~OnDevice() = default;
 
 void OnDevice::check_launch(const char* op, int error) const {
-  check(error == 0, op, ": emulated launch failed: ", launch_error_string(error));
+  if (error != 0) fail(op, ": emulation, error ", error, ": ", launch_error_string(error));
 }
 
 }  // namespace mamba2
+
+// How the next launches run; tests call it through ctypes.
+extern "C" __attribute__((visibility("default"))) void mamba2_emulation_schedule(
+    uint64_t seed, int timing, int resident_blocks, int sm_count) {
+  auto& o = mamba2::emulation::options();
+  o.seed = seed;
+  o.launches = 0;
+  o.timing = static_cast<mamba2::emulation::Timing>(timing);
+  o.resident_blocks = resident_blocks;
+  mamba2::emulated_card().sm_count = sm_count;
+}
