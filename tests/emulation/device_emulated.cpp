@@ -1,5 +1,5 @@
-// The emulated card for the operators' host side, in place of csrc/core/device_cuda.cpp: of compute
-// capability 9.0, no stream, no device to guard.
+// core/device.h for the host emulation, in place of core/device_cuda.cpp: one card of compute
+// capability 9.0 with few SMs, no stream, no device to guard.
 #include "../../csrc/core/device.h"
 #include "../../csrc/core/launch.h"
 
@@ -19,7 +19,7 @@ OnDevice::OnDevice(const Tensor&) : card_(&emulated_card()) {}
 OnDevice::~OnDevice() = default;
 
 void OnDevice::check_launch(const char* op, int error) const {
-  if (error != 0) fail(op, ": emulation, error ", error, ": ", launch_error_string(error));
+  check(error == 0, op, ": emulated launch failed: ", launch_error_string(error));
 }
 
 }  // namespace mamba2

@@ -206,10 +206,8 @@ BAD_MAPS = {
 
 
 def encode(layer, base, dims, strides, box, swizzle):
-    longs, ints = ctypes.c_int64 * len(dims), ctypes.c_int * len(dims)
-    return layer.tensor_map(
-        base, len(dims), longs(*dims), (ctypes.c_int64 * len(strides))(*strides), ints(*box), swizzle
-    )
+    longs = [(ctypes.c_int64 * len(v))(*v) for v in (dims, strides)]
+    return layer.tensor_map(base, len(dims), *longs, (ctypes.c_int * len(box))(*box), swizzle)
 
 
 def test_a_legal_tensor_map_is_taken(layer):
