@@ -15,14 +15,14 @@ template <class T>
 struct BackwardTiles {
   int p, n;
   Decays<T> decays;
-  OwnTile<T> x, dy, z, dz, dx;  // (q, p)
-  OwnTile<T> scaled;            // (q, p or n): rows of another tile times a factor each
-  OwnTile<T> B, C, dB, dC;      // (q, n)
-  OwnTile<T> C_t, dy_t;         // (n, q), (p, q)
-  OwnTile<T> W, P, V;           // (q, q)
-  OwnTile<T> S, G, across;      // (p, n) and its transpose: whichever is at hand
-  T direct[kChunk];             // F_j / delta_j: <G, what of S' came from token j>, before delta
-  T entering_terms[kChunk];     // E_i: dy_i . (what of y_i came from S)
+  OwnTile<T> x, dy, z, dz, dx;    // (q, p)
+  OwnTile<T> scaled;              // (q, p or n): rows of another tile times a factor each
+  OwnTile<T> B, C, dB, dC;        // (q, n)
+  OwnTile<T> C_t, dy_t;           // (n, q), (p, q)
+  OwnTile<T> W, P, V;             // (q, q)
+  OwnTile<T> S, G, across;        // (p, n) and its transpose: whichever is at hand
+  T direct[kChunk];               // F_j / delta_j: <G, what of S' came from token j>, before delta
+  T entering_terms[kChunk] = {};  // E_i: dy_i . (what of y_i came from S)
 
   explicit BackwardTiles(const Shape& s)
       : p(s.p),
@@ -59,15 +59,10 @@ void score_weights(BackwardTiles<T>& t) {
   const int count = t.decays.count;
   transpose(t.C, count, t.n, t.C_t);
   matmul(t.W, t.B, t.C_t, {count, count, t.n}, T(0));
+  decays_between(t.decays, t.P);
   for (int j = 0; j < count; ++j) {
-    T* W = t.W.row(j);
-    T* L = t.P.row(j);
-    std::fill_n(W, j, T(0));
-    std::fill_n(L, j, T(0));
-    for (int i = j; i < count; ++i) {
-      L[i] = t.decays.between(i, j);
-      W[i] *= L[i];
-    }
+    T *W = t.W.row(j), *L = t.P.row(j);
+    for (int i = 0; i < count; ++i) W[i] = i < j ? T(0) : W[i] * L[i];
   }
 }
 
@@ -99,10 +94,10 @@ void gradient_weights(BackwardTiles<T>& t) {
   matmul(t.V, t.x, t.dy_t, {count, count, t.p}, T(0));
   for (int j = 0; j < count; ++j) {
     T *W = t.W.row(j), *P = t.P.row(j), *V = t.V.row(j);
-    std::fill_n(V, j, T(0));
-    for (int i = j; i < count; ++i) {
-      P[i] *= V[i];
-      V[i] *= W[i];
+    for (int i = 0; i < count; ++i) {
+      const T product = i < j ? T(0) : V[i];
+      P[i] *= product;
+      V[i] = W[i] * product;
     }
   }
 }

@@ -47,14 +47,16 @@ void chunk_cumsum(const Inputs& in, const Head<T>& head, const Sequence& sequenc
     out.delta[i] = delta.value;
     out.slope[i] = delta.gradient;
     out.constant[i] = reset || decay_clamped<double>(delta.value, head.A);
-    sum += reset ? kMinDecayLog2 : decay_log2<double>(delta.value, head.A);
-    out.a_cumsum[i] = sum;
+    out.a_log2[i] = reset ? kMinDecayLog2 : decay_log2<double>(delta.value, head.A);
+    sum += out.a_log2[i];
     out.entering[i] = std::exp2(static_cast<T>(sum));
   }
-  for (int i = 0; i < out.count; ++i) {
-    out.leaving[i] = std::exp2(static_cast<T>(sum - out.a_cumsum[i]));
-  }
   out.total = std::exp2(static_cast<T>(sum));
+  sum = 0;
+  for (int j = out.count - 1; j >= 0; --j) {
+    out.leaving[j] = std::exp2(static_cast<T>(sum));
+    sum += out.a_log2[j];
+  }
 }
 template void chunk_cumsum(const Inputs&, const Head<float>&, const Sequence&, int64_t,
                            Decays<float>&);

@@ -1,9 +1,10 @@
 // A chunk of one head on the CPU: its decays, and its rows of x, B, C as tiles.
 //
-// The CPU runs the block form with short chunks: q^2 work stays below the work on the state, and
-// a sum of log decays covers few tokens. The sums are kept in fp64, where their differences are
-// exact to fp32 whatever the decays were.
+// The CPU runs the block form with short chunks, so that the work on pairs of tokens stays below
+// the work on the state. Every decay between two tokens is the sum of the log decays between them,
+// in fp64: no difference of longer sums, so nothing cancels whatever the decays were.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -53,15 +54,12 @@ template <class T>
 struct Decays {
   int count;
   T delta[kChunk];
-  T slope[kChunk];          // d delta / d dt
-  bool constant[kChunk];    // the decay does not depend on delta: clamped, or a reset
-  double a_cumsum[kChunk];  // log2, inclusive
-  T entering[kChunk];       // 2^a_cumsum_i: what is left at i of the state entering the chunk
-  T leaving[kChunk];        // 2^(a_cumsum_last - a_cumsum_j): what is left of token j at the end
-  T total;                  // 2^a_cumsum_last
-
-  // How much of token j is left at token i >= j.
-  T between(int i, int j) const { return std::exp2(static_cast<T>(a_cumsum[i] - a_cumsum[j])); }
+  T slope[kChunk];        // d delta / d dt
+  bool constant[kChunk];  // the decay does not depend on delta: clamped, or a reset
+  double a_log2[kChunk];  // of token i alone
+  T entering[kChunk];     // what is left at token i of the state entering the chunk
+  T leaving[kChunk];      // what is left of token j at the end of the chunk
+  T total;                // what is left of the state entering the chunk at its end
 };
 template <class T>
 void chunk_cumsum(const Inputs& in, const Head<T>& head, const Sequence& sequence, int64_t i_c,
@@ -112,6 +110,21 @@ void transpose(const OwnTile<T>& from, int rows, int columns, const OwnTile<T>& 
     const int i1 = std::min(i0 + side, rows);
     for (int k = 0; k < columns; ++k) {
       for (int i = i0; i < i1; ++i) to.row(k)[i] = from.row(i)[k];
+    }
+  }
+}
+
+// L(j, i) = 2^(a_{j+1} + ... + a_i) for i >= j, else 0: what is left of token j at token i.
+template <class T>
+void decays_between(const Decays<T>& decays, const OwnTile<T>& L) {
+  for (int j = 0; j < decays.count; ++j) {
+    T* row = L.row(j);
+    std::fill_n(row, j, T(0));
+    row[j] = T(1);
+    double sum = 0;
+    for (int i = j + 1; i < decays.count; ++i) {
+      sum += decays.a_log2[i];
+      row[i] = std::exp2(static_cast<T>(sum));
     }
   }
 }

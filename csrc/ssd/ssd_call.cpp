@@ -56,46 +56,64 @@ Sizes sizes_of(const Tensor& t) {
   return Sizes(sizes.begin(), sizes.end());
 }
 
-// The gradient of `input`: the caller's destination where kernels can write it, else a new tensor.
-StridedOut gradient_output(BackwardCall& call, const Tensor& input, const OptionalTensor& into,
-                           bool any_strides, Tensor& result) {
-  if (!into) {
-    result = allocate(sizes_of(input), input.scalar_type(), input);
-    return strided_out(result);
+// Fills a BackwardCall's outputs, one after another; each absent one is a tensor of its own.
+class GradientOutputs {
+ public:
+  GradientOutputs(BackwardCall& call, const Tensor& x) : call_(call), x_(x) {
+    state_ = state_dtype(dtype_of(x));
   }
-  if (any_strides || readable_in_place(*into)) return strided_out(keep(call.kept, *into));
-  Tensor written = allocate(sizes_of(input), input.scalar_type(), input);
-  call.deferred.emplace_back(*into, written);
-  return strided_out(written);
-}
+
+  // Of input's dtype: the caller's destination where kernels can write it, else a new tensor.
+  StridedOut like(const OptionalTensor& input, const OptionalTensor& into, Tensor& result,
+                  bool any_strides = false) {
+    if (!input || into) result = absent(state_, x_);
+    if (!input) return {};
+    if (into && (any_strides || readable_in_place(*into))) {
+      return strided_out(keep(call_.kept, *into));
+    }
+    Tensor written = allocate(sizes_of(*input), input->scalar_type(), x_);
+    if (into) {
+      call_.deferred.emplace_back(*into, written);
+    } else {
+      result = written;
+    }
+    return strided_out(written);
+  }
+  // Of a state's dtype, contiguous.
+  void* accumulated(const OptionalTensor& input, Tensor& result) {
+    result = input ? allocate(sizes_of(*input), state_, x_) : absent(state_, x_);
+    return input ? result.mutable_data_ptr() : nullptr;
+  }
+
+ private:
+  BackwardCall& call_;
+  const Tensor& x_;
+  DType state_;
+};
 
 }  // namespace
 
 ForwardCall prepare_scan(const char* op, const ScanArguments& a, bool return_final_states) {
   const Shape shape = check_scan(op, a);
   const DType state = state_dtype(dtype_of(a.x));
-  const Tensor none = absent(state, a.x);
-  ForwardCall call{{}, none, none, none, {}};
+  ForwardCall call;
   call.params.in = make_inputs(a, shape, call.kept);
   call.y = allocate({shape.b, shape.l, shape.h, shape.p}, a.x.scalar_type(), a.x);
   call.params.y = strided_out(call.y);
-  if (return_final_states) {
-    call.final_states = allocate(sizes_of_states(shape), state, a.x);
-    call.params.final_states = call.final_states.mutable_data_ptr();
-  }
+  call.final_states =
+      return_final_states ? allocate(sizes_of_states(shape), state, a.x) : absent(state, a.x);
+  if (return_final_states) call.params.final_states = call.final_states.mutable_data_ptr();
   return call;
 }
 
 ForwardCall prepare_segment_state(const char* op, const ScanArguments& a) {
   const Shape shape = check_scan(op, a);
   const DType state = state_dtype(dtype_of(a.x));
-  ForwardCall call{{},
-                   absent(state, a.x),
-                   allocate(sizes_of_states(shape), state, a.x),
-                   allocate(Sizes{shape.b, shape.h}, state, a.x),
-                   {}};
+  ForwardCall call;
   call.params.in = make_inputs(a, shape, call.kept);
+  call.final_states = allocate(sizes_of_states(shape), state, a.x);
   call.params.final_states = call.final_states.mutable_data_ptr();
+  call.log_decay = allocate(Sizes{shape.b, shape.h}, state, a.x);
   call.params.log_decay = call.log_decay.mutable_data_ptr();
   return call;
 }
@@ -104,9 +122,7 @@ BackwardCall prepare_backward(const char* op, const ScanArguments& a,
                               const GradientArguments& gradients) {
   const Shape shape = check_scan(op, a);
   check_gradients(op, a, shape, gradients);
-  const DType state = state_dtype(dtype_of(a.x));
-  const Tensor none = absent(state, a.x);
-  BackwardCall call{{}, none, none, none, none, none, none, none, none, none, {}, {}};
+  BackwardCall call;
   BackwardParams& params = call.params;
   params.in = make_inputs(a, shape, call.kept);
   if (gradients.dy) params.dy = strided(keep(call.kept, readable(*gradients.dy)));
@@ -119,21 +135,16 @@ BackwardCall prepare_backward(const char* op, const ScanArguments& a,
   if (gradients.chunk_states && gradients.chunk_states->numel() > 0) {
     params.chunk_states = keep(call.kept, *gradients.chunk_states).const_data_ptr();
   }
-  params.dx = gradient_output(call, a.x, gradients.dx, false, call.dx);
-  params.d_dt = gradient_output(call, a.dt, gradients.d_dt, true, call.d_dt);
-  params.dB = gradient_output(call, a.B, gradients.dB, false, call.dB);
-  if (a.C) params.dC = gradient_output(call, *a.C, gradients.dC, false, call.dC);
-  if (a.z) params.dz = gradient_output(call, *a.z, gradients.dz, false, call.dz);
-  const auto parameter_gradient = [&](const Tensor& input, Tensor& result) {
-    result = allocate(sizes_of(input), state, a.x);
-    return result.mutable_data_ptr();
-  };
-  params.dA = parameter_gradient(a.A, call.dA);
-  if (a.D) params.dD = parameter_gradient(*a.D, call.dD);
-  if (a.dt_bias) params.d_dt_bias = parameter_gradient(*a.dt_bias, call.d_dt_bias);
-  if (a.initial_states) {
-    params.d_initial_states = parameter_gradient(*a.initial_states, call.d_initial_states);
-  }
+  GradientOutputs outputs(call, a.x);
+  params.dx = outputs.like(a.x, gradients.dx, call.dx);
+  params.d_dt = outputs.like(a.dt, gradients.d_dt, call.d_dt, /*any_strides=*/true);
+  params.dA = outputs.accumulated(a.A, call.dA);
+  params.dB = outputs.like(a.B, gradients.dB, call.dB);
+  params.dC = outputs.like(a.C, gradients.dC, call.dC);
+  params.dD = outputs.accumulated(a.D, call.dD);
+  params.dz = outputs.like(a.z, gradients.dz, call.dz);
+  params.d_dt_bias = outputs.accumulated(a.dt_bias, call.d_dt_bias);
+  params.d_initial_states = outputs.accumulated(a.initial_states, call.d_initial_states);
   return call;
 }
 

@@ -1,7 +1,8 @@
 // Forward on the CPU: for each head of each sequence, chunk after chunk,
-//   y_i = 2^s_i S C_i + sum_{j<=i} 2^(s_i - s_j) delta_j (C_i . B_j) x_j + D x_i    chunk_scan
-//   S'  = 2^s_q S + sum_j 2^(s_q - s_j) delta_j x_j B_j^T                           chunk_state
-// with S the state entering the chunk, s = a_cumsum in base-2 logs. Tasks: heads of sequences.
+//   y_i = entering_i S C_i + sum_{j<=i} L_ij delta_j (C_i . B_j) x_j + D x_i    chunk_scan
+//   S'  = total S + sum_j leaving_j delta_j x_j B_j^T                           chunk_state
+// with S the state entering the chunk; L, entering, leaving and total: decays (chunk_cpu.h).
+// Tasks: heads of sequences.
 #include "../core/parallel_cpu.h"
 #include "chunk_cpu.h"
 #include "ssd_scan_cpu.h"
@@ -16,7 +17,7 @@ struct ForwardTiles {
   OwnTile<T> x, z, y, weighted_x;  // (q, p)
   OwnTile<T> B, C;                 // (q, n)
   OwnTile<T> C_t;                  // (n, q)
-  OwnTile<T> weights_t;            // (q, q): row j, column i
+  OwnTile<T> weights_t, L;         // (q, q): row j, column i
   OwnTile<T> state_t;              // (n, p)
   OwnTile<T> state;                // (p, n)
 
@@ -31,6 +32,7 @@ struct ForwardTiles {
         C(kChunk, n),
         C_t(n, kChunk),
         weights_t(kChunk, kChunk),
+        L(kChunk, kChunk),
         state_t(n, p),
         state(p, n) {}
 };
@@ -41,10 +43,12 @@ void score_weights(ForwardTiles<T>& t) {
   const int count = t.decays.count;
   transpose(t.C, count, t.n, t.C_t);
   matmul(t.weights_t, t.B, t.C_t, {count, count, t.n}, T(0));
+  decays_between(t.decays, t.L);
   for (int j = 0; j < count; ++j) {
-    T* row = t.weights_t.row(j);
-    for (int i = 0; i < j; ++i) row[i] = T(0);
-    for (int i = j; i < count; ++i) row[i] *= t.decays.between(i, j) * t.decays.delta[j];
+    T *weight = t.weights_t.row(j), *L = t.L.row(j);
+    for (int i = 0; i < count; ++i) {
+      weight[i] = i < j ? T(0) : weight[i] * L[i] * t.decays.delta[j];
+    }
   }
 }
 

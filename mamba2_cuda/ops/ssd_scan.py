@@ -83,6 +83,7 @@ class _SsdScan(torch.autograd.Function):
         )
         ctx.save_for_backward(*inputs, chunk_states)
         ctx.options = (*delta_options, plan)
+        ctx.return_final_states = return_final_states
         ctx.set_materialize_grads(False)
         if not return_final_states:
             ctx.mark_non_differentiable(final_states)
@@ -93,6 +94,8 @@ class _SsdScan(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(saved[0])
+        if not ctx.return_final_states:
+            d_final_states = None  # torch.compile makes up zeros for the absent output
         gradients = _SsdScanBackward.apply(dy, d_final_states, *saved, *ctx.options)
         wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
         return (*wanted, *(None,) * 8)
