@@ -155,6 +155,30 @@ inline void require_aligned(const void* p, size_t to, const char* what) {
 // Undefined content: what a reader finds who does not wait.
 inline void poison(void* p, size_t bytes) { std::memset(p, 0xff, bytes); }
 
+// The asynchronous engines write shared memory: they see that at once.
+inline void async_write(const Block& block, char* to, const void* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
+  std::memcpy(block.async_smem + (to - block.smem), from, bytes);
+}
+inline void async_poison(const Block& block, void* to, size_t bytes) {
+  poison(to, bytes);
+  poison(block.async_smem + (static_cast<char*>(to) - block.smem), bytes);
+}
+// They read it: ordinary stores must have been fenced. (Whose stores they were is not known, so any
+// thread's fence since the last such read serves for all.)
+inline void async_read(Block& block, void* to, const char* from, size_t bytes) {
+  if (std::memcmp(from, block.async_smem + (from - block.smem), bytes) != 0) {
+    if (!block.has_proxy_fence) {
+      fault(
+          "shared memory that ordinary stores wrote is read by an asynchronous engine without "
+          "fence_proxy_async_shared");
+    }
+    std::memcpy(block.async_smem, block.smem, grid->smem_bytes);
+    block.has_proxy_fence = false;
+  }
+  std::memcpy(to, from, bytes);
+}
+
 // 128-byte swizzle: the 16-byte unit is exchanged with the row of 128 bytes, on address bits.
 constexpr uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 

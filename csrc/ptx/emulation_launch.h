@@ -30,7 +30,8 @@ inline void start_block(Block& b, uint64_t number) {
   b.index = {static_cast<unsigned>(number % s.x), static_cast<unsigned>(number / s.x % s.y),
              static_cast<unsigned>(number / s.x / s.y)};
   const auto threads = static_cast<size_t>(grid->threads), warps = (threads + 31) / 32;
-  poison(b.smem, grid->smem_bytes);
+  async_poison(b, b.smem, grid->smem_bytes);
+  b.has_proxy_fence = false;
   std::memset(b.smem + grid->smem_bytes, kGuard, kGuardBytes);
   b.fibers = std::vector<Fiber>(threads);
   b.warps = std::vector<Warp>(warps);
@@ -214,8 +215,9 @@ inline int run(const dim3& shape, int threads, size_t smem_bytes, bool programma
   g.blocks = std::vector<Block>(std::min(g.block_count, resident));
   const size_t bytes = (smem_bytes + kGuardBytes + 1023) / 1024 * 1024;
   for (Block& b : g.blocks) {
-    b.smem = static_cast<char*>(std::aligned_alloc(1024, bytes));
+    b.smem = static_cast<char*>(std::aligned_alloc(1024, 2 * bytes));
     if (!b.smem) throw std::bad_alloc();
+    b.async_smem = b.smem + bytes;
     for (int i = 0; i < threads && !stacks.empty(); ++i) {
       b.stacks.push_back(std::move(stacks.back()));
       stacks.pop_back();

@@ -136,6 +136,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Stack> stacks;
   char* smem = nullptr;
+  char* async_smem = nullptr;    // the same as the asynchronous engines see it
+  bool has_proxy_fence = false;  // some thread fenced since the two were made equal
   int live = 0, tasks = 0;
   bool busy = false, waited_for_grid = false;
   NamedBarrier barriers[16];

@@ -22,7 +22,7 @@ namespace mamba2::emulation {
 struct TensorCopy {
   ptx::TensorMap map;
   int at[5] = {};
-  const Block* block;
+  Block* block;
   uint32_t smem;  // shared-window address of the box
   const char* what;
 
@@ -59,14 +59,14 @@ struct TensorCopy {
         std::memcpy(row + first() * 2, g + (int64_t{at[0]} + first()) * 2,
                     static_cast<size_t>(last() - first()) * 2);
       }
-      for (int i = 0; i < row_bytes() / 16; ++i) std::memcpy(unit(r, i), row + i * 16, 16);
+      for (int i = 0; i < row_bytes() / 16; ++i) async_write(*block, unit(r, i), row + i * 16, 16);
     }
   }
   void read(std::vector<char>& data) const {
     data.resize(bytes());
     char* to = data.data();
     for (int r = 0; r < rows(); ++r) {
-      for (int i = 0; i < row_bytes() / 16; ++i, to += 16) std::memcpy(to, unit(r, i), 16);
+      for (int i = 0; i < row_bytes() / 16; ++i, to += 16) async_read(*block, to, unit(r, i), 16);
     }
   }
   void write(const std::vector<char>& data) const {
@@ -91,7 +91,7 @@ inline TensorCopy tensor_copy(const char* what, const ptx::TensorMap* map, int r
 
 inline void issue_load(const TensorCopy& c, uint64_t* full) {
   MbarrierState& b = load_barrier(full, c.what);
-  poison(grid->current->block->smem + (c.smem - kSharedWindow), c.bytes());
+  async_poison(*c.block, c.block->smem + (c.smem - kSharedWindow), c.bytes());
   schedule([c, &b] {
     c.load();
     complete_bytes(b, c.bytes());
@@ -175,17 +175,22 @@ inline void bulk_load(void* smem, const void* gmem, uint32_t bytes, Mbarrier* fu
   using namespace emulation;
   check_bulk(smem, gmem, bytes, "bulk_load");
   MbarrierState& b = load_barrier(full, "bulk_load");
-  poison(smem, bytes);
-  schedule([=, &b] {
-    std::memcpy(smem, gmem, bytes);
+  Block& block = *grid->current->block;
+  async_poison(block, smem, bytes);
+  schedule([=, &b, &block] {
+    async_write(block, static_cast<char*>(smem), gmem, bytes);
     complete_bytes(b, bytes);
   });
 }
 inline void bulk_store(void* gmem, const void* smem, uint32_t bytes) {
   check_bulk(smem, gmem, bytes, "bulk_store");
   const char* from = static_cast<const char*>(smem);
+  emulation::Block& block = *emulation::grid->current->block;
   emulation::issue_store(
-      [=](std::vector<char>& data) { data.assign(from, from + bytes); },
+      [=, &block](std::vector<char>& data) {
+        data.resize(bytes);
+        emulation::async_read(block, data.data(), from, bytes);
+      },
       [=](const std::vector<char>& data) { std::memcpy(gmem, data.data(), bytes); });
 }
 inline void bulk_commit_group() { ++emulation::grid->current->store_groups; }
@@ -202,7 +207,7 @@ void bulk_wait_group() {
 inline void prefetch_tensormap(const TensorMap* map) {
   if (map->rank == 0) emulation::fault("prefetch_tensormap: the map was never encoded");
 }
-inline void fence_proxy_async_shared() {}
+inline void fence_proxy_async_shared() { emulation::grid->current->block->has_proxy_fence = true; }
 inline void fence_proxy_async_global() {}
 
 }  // namespace mamba2::ptx

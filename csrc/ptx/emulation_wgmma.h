@@ -29,12 +29,12 @@ inline void check_descriptor(uint64_t d, bool mn_major, int extent) {
 
 // out[k][i] = element (i, k) of the tile, i < extent (rows of A or columns of B), k < 16.
 template <class T>
-void read_tile(const Block& block, uint64_t descriptor, bool mn_major, int first, int extent,
-               float* out, int pitch) {
+void read_tile(Block& block, uint64_t descriptor, bool mn_major, int first, int extent, float* out,
+               int pitch) {
   const Descriptor t(descriptor);
   const auto unit = [&](uint32_t address, float (&v)[8]) {
     uint32_t pairs[4];
-    std::memcpy(pairs, window_pointer(block, swizzle_128(address), 16, "wgmma operand"), 16);
+    async_read(block, pairs, window_pointer(block, swizzle_128(address), 16, "wgmma operand"), 16);
     for (int i = 0; i < 4; ++i) {
       const float2 f = operand<T>(pairs[i]);
       v[2 * i] = f.x;

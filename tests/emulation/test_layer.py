@@ -174,6 +174,7 @@ MESSAGES = {
     "no_wgmma_fence": "no wgmma_fence",
     "accumulator_in_flight": "wrote an accumulator",
     "no_store_wait": "bulk_wait_group_read",
+    "no_proxy_fence": "without fence_proxy_async_shared",
     "no_init_fence": "fence_mbarrier_init",
     "arrival_count": "arrivals on the mbarrier",
     "registers": "setmaxnreg.inc",

@@ -27,6 +27,7 @@ enum class Fault : int {
   no_swizzle,
   no_barrier,
   no_store_wait,
+  no_proxy_fence,
   registers,
   // mma_gemm
   no_copy_wait,

@@ -80,7 +80,7 @@ __global__ void wgmma_gemm_kernel(const MAMBA2_GRID_CONSTANT ptx::TensorMap map_
     const uint32_t pair = pack2<bf16>(acc[j], acc[j + 1]);
     *reinterpret_cast<uint32_t*>(out + row * 128 + unit * 16 + column % 8 * 2) = pair;
   }
-  ptx::fence_proxy_async_shared();
+  if (fault != Fault::no_proxy_fence) ptx::fence_proxy_async_shared();
   if (fault != Fault::no_barrier) ptx::bar_sync(1 + group, 128);
   if (thread == 0) {
     ptx::tma_store_3d(&map_c, n0, m0 + group * kTile, 0, s.out[group]);
