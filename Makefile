@@ -1,16 +1,18 @@
 # make test    builds, runs every test           make demo   builds, trains a small language model
 # make build   builds in place                   make lint   style of Python and C++
+# make wheel   into dist/                        make test-cpp   CMake: the C++ library and its test
 # Each sets up what it needs in .venv first. PY=python3 uses an environment of your own as it is.
 PYTHON ?= python3
 PY ?= .venv/bin/python
 TORCH ?= 2.13.0
 PACKAGES = setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 numpy==2.4.6 \
   einops==0.8.2 matplotlib==3.11.2 pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15
+CMAKE = 4.2.0
 STYLE = ruff==0.17.6 clang-format==23.1.5
 SOURCES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
 
-.PHONY: all build test demo wheel lint clean
+.PHONY: all build test test-cpp demo wheel lint clean
 all: build
 
 .venv/ready: Makefile
@@ -24,6 +26,13 @@ build: $(READY)
 
 test: build
 	$(PY) -m pytest -p bench.stamp
+
+test-cpp: $(READY)
+	$(PY) -m pip install --quiet cmake==$(CMAKE)
+	$(dir $(PY))cmake -S . -B build/cmake -G Ninja -DMAMBA2_CUDA=OFF \
+	  -DPython_EXECUTABLE=$$(realpath -s $(PY)) -DCMAKE_MAKE_PROGRAM=$$(realpath -s $(dir $(PY))ninja)
+	$(dir $(PY))cmake --build build/cmake
+	$(dir $(PY))ctest --test-dir build/cmake --output-on-failure
 
 demo: $(READY)
 	$(PY) -m examples.byte_lm --build

@@ -26,7 +26,7 @@ except ImportError as missing:
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
-COMMON_FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall"]
+COMMON_FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", f"-fmacro-prefix-map={ROOT}/="]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mamba2_cuda/_version.py").read_text())[1]
 
 

@@ -105,3 +105,24 @@ def test_operators_know_no_python():
     wanted = run.stdout.split()
     assert any("aoti_torch" in name for name in wanted), "not a library of operators"
     assert not [name for name in wanted if name.startswith(("Py", "_Py"))]
+
+
+def kernels(key):
+    """The operators of the library that have a kernel for a dispatch key."""
+    mamba2_cuda.ssd_scan  # noqa: B018  loads the library
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mamba2_cuda::")]
+    return {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, key)}
+
+
+def test_every_cpu_operator_answers_on_cuda():
+    assert kernels("CPU") == kernels("CUDA")
+    assert "mamba2_cuda::ssd_scan_forward" in kernels("CPU")
+
+
+def test_cpu_only_build_says_so():
+    if mamba2_cuda.build_info()["with_cuda"]:
+        pytest.skip("this build has CUDA kernels")
+    x, dt, A = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), torch.ones(1)
+    state = torch.ops.mamba2_cuda.ssd_segment_state_forward.default
+    with pytest.raises(RuntimeError, match="this build is for the CPU alone"):
+        state._op_dk(torch._C.DispatchKey.CUDA, x, dt, A, x, None, False, 0.0, 1.0, 0)

@@ -41,8 +41,9 @@ def train(model, corpus, recipe, device, report=print):
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=recipe.rate, betas=(0.9, 0.95))
     history, start = History(), time.perf_counter()
     bar = ProgressBar(recipe.steps, report)
-    step, progress = 0, 0.0
+    step, progress, training = 0, 0.0, 0.0
     while progress < 1.0:
+        begin = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * schedule(progress, recipe.warmup)
         starts = torch.randint(len(text) - recipe.length - 1, (recipe.batch,), generator=random)
@@ -54,15 +55,15 @@ def train(model, corpus, recipe, device, report=print):
         step += 1
         history.steps.append(step)
         history.train.append(bits.item())
-        spent = time.perf_counter() - start
-        progress = max(step / recipe.steps, spent / recipe.seconds)
-        history.tokens_per_second = step * recipe.batch * recipe.length / spent
+        training += time.perf_counter() - begin
+        history.tokens_per_second = step * recipe.batch * recipe.length / training
+        history.seconds = time.perf_counter() - start
+        progress = max(step / recipe.steps, history.seconds / recipe.seconds)
         if step % recipe.validate_every == 0 or progress >= 1.0:
             count = recipe.validation_windows * (8 if progress >= 1.0 else 1)
             history.validated.append(step)
             history.validation.append(validate(model, held_out, recipe, count, device))
         bar.show(step, history, finished=progress >= 1.0)
-    history.seconds = time.perf_counter() - start
     return history
 
 
