@@ -34,8 +34,9 @@ MAMBA2_DEVICE const void* panel_address(const void* panel, int row, int column) 
 }
 
 struct Lane {
-  int warp, lane;  // warp within its warpgroup
-  MAMBA2_DEVICE explicit Lane(int thread) : warp((thread / 32) % 4), lane(thread % 32) {}
+  int warp, lane;  // warp within its warpgroup; the shuffle tells the compiler that it is uniform
+  MAMBA2_DEVICE explicit Lane(int thread)
+      : warp(__shfl_sync(0xffffffff, (thread / 32) % 4, 0)), lane(thread % 32) {}
   MAMBA2_DEVICE int row(int half) const { return 16 * warp + lane / 4 + 8 * half; }
   MAMBA2_DEVICE int column(int block8) const { return 8 * block8 + 2 * (lane % 4); }
 };
