@@ -288,7 +288,7 @@ struct Consumer {
 
 template <class T, int kN, bool kGate, bool kStateOnly>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
-    fused_scan(const MAMBA2_GRID_CONSTANT FusedScanArgs args) {
+    fused_scan_kernel(const MAMBA2_GRID_CONSTANT FusedScanArgs args) {
 #if MAMBA2_SM90A
   constexpr int kStages = fused_scan_stages<T, kN, kGate>();
   auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());

@@ -1,0 +1,39 @@
+// Instances of fused_scan (sm_90a) and their launch.
+#include "../core/launch.h"
+#include "fused_scan_consumer_sm90.cuh"
+#include "fused_scan_sm90.h"
+
+namespace mamba2::ssd::sm90 {
+namespace {
+
+template <class T, int kN, bool kGate, bool kStateOnly>
+int run(const FusedScanArgs& args, int sm_count, void* stream) {
+  LaunchShape at;
+  at.grid = dim3(args.tasks < sm_count ? args.tasks : sm_count);
+  at.threads = kThreads;
+  at.smem_bytes = sizeof(FusedScanSmem<T, kN, kGate, fused_scan_stages<T, kN, kGate>()>);
+  return launch(fused_scan_kernel<T, kN, kGate, kStateOnly>, at, stream, args);
+}
+
+template <class T, int kN>
+int run_mode(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, void* stream) {
+  if (state_only) return run<T, kN, false, true>(args, sm_count, stream);
+  return gate ? run<T, kN, true, false>(args, sm_count, stream)
+              : run<T, kN, false, false>(args, sm_count, stream);
+}
+
+template <class T>
+int run_n(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, void* stream) {
+  return args.n == 64 ? run_mode<T, 64>(args, gate, state_only, sm_count, stream)
+                      : run_mode<T, 128>(args, gate, state_only, sm_count, stream);
+}
+
+}  // namespace
+
+int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
+               void* stream) {
+  return dtype == DType::bf16 ? run_n<bf16>(args, gate, state_only, sm_count, stream)
+                              : run_n<f16>(args, gate, state_only, sm_count, stream);
+}
+
+}  // namespace mamba2::ssd::sm90

@@ -1,0 +1,18 @@
+// Launchers of the sm_90a forward (fused_scan_sm90.cuh).
+#pragma once
+#include "fused_scan_sm90.cuh"
+
+namespace mamba2::ssd::sm90 {
+
+// One pass over all tasks. state_only: pass one of the segments schedule.
+int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
+               void* stream);
+
+// From what each segment adds to what enters it, in place: carry (segments, units, 64 n).
+int segment_scan(float* carry, const float* through_log2, int segments, int units, int n,
+                 void* stream);
+
+// Zeroes the call's own tickets and flags.
+int clear_words(int* words, int count, void* stream);
+
+}  // namespace mamba2::ssd::sm90

@@ -1,0 +1,13 @@
+// The schedule of the sm_90a forward (fused_scan_sm90.cuh).
+#pragma once
+#include "plan.h"
+
+namespace mamba2::ssd::sm90 {
+
+// Plan::variant. Forced by bits 4..7 of the op schemas' plan.
+constexpr int kTickets = 1, kSegments = 2;
+
+// Completes a plan of tier sm90: q, variant, segment_chunks, reason.
+void plan_forward(const Problem& problem, const Device& device, Plan* plan);
+
+}  // namespace mamba2::ssd::sm90
