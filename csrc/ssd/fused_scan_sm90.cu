@@ -1,10 +1,40 @@
 // Instances of fused_scan (sm_90a) and their launch.
 #include "../core/launch.h"
-#include "fused_scan_consumer_sm90.cuh"
+#include "fused_scan_feed_sm90.cuh"
+#include "fused_scan_scanner_sm90.cuh"
 #include "fused_scan_sm90.h"
 
 namespace mamba2::ssd::sm90 {
 namespace {
+
+template <class T, int kN, bool kGate, bool kStateOnly>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
+    fused_scan_kernel(const MAMBA2_GRID_CONSTANT FusedScanArgs args) {
+#if MAMBA2_SM90A
+  constexpr int kStages = fused_scan_stages<T, kN, kGate>();
+  auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());
+  const int role = threadIdx.x / tile::kWarpgroup, thread = threadIdx.x % tile::kWarpgroup;
+  if (threadIdx.x == 0) {
+    s.ring.init(1, (1 + kUnits) * tile::kWarpgroup);
+    s.weights_ring.init(tile::kWarpgroup, kUnits * tile::kWarpgroup);
+    ptx::fence_mbarrier_init();
+  }
+  for (int i = 0; i < kBuffers * kUnits; ++i)  // blocks above the diagonal are never written again
+    tile::zero_rows<kQ>(s.weights[i / kUnits].scores[i % kUnits], 0, threadIdx.x, kThreads);
+  ptx::fence_proxy_async_shared();
+  __syncthreads();
+  if (role == kLoader) {
+    ptx::setmaxnreg_dec<kLoaderRegisters>();
+    if (thread == 0) Loader<T, kN, kGate, kStages, kStateOnly>{args, s, {}}.run();
+  } else if (role == kScorer) {
+    ptx::setmaxnreg_dec<kScorerRegisters>();
+    Scorer<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();
+  } else {
+    ptx::setmaxnreg_inc<kScannerRegisters>();
+    Scanner<T, kN, kGate, kStages, kStateOnly>(args, s, role - kFirstScanner, thread).run();
+  }
+#endif
+}
 
 template <class T, int kN, bool kGate, bool kStateOnly>
 int run(const FusedScanArgs& args, int sm_count, void* stream) {

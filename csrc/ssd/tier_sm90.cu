@@ -17,7 +17,7 @@ struct Layout {
 Layout layout_of(const Shape& shape, const Plan& plan) {
   Layout at{};
   const int64_t chunks = shape.chunks(kQ), rows = shape.nseq;
-  const int64_t pairs = int64_t(shape.g) * ceil_div(shape.h / shape.g * (shape.p / kP), kConsumers);
+  const int64_t pairs = int64_t(shape.g) * ceil_div(shape.h / shape.g * (shape.p / kP), kUnits);
   const bool tickets = plan.variant == kTickets;
   const int64_t row_chunks = shape.packed ? chunks : chunks / (rows > 0 ? rows : 1);
   at.units = shape.h * (shape.p / kP);
@@ -93,6 +93,7 @@ int forward(const ForwardParams& params, const Plan& plan, const Device& device,
   args.total_chunks = int(shape.chunks(kQ));
   args.rows = int(shape.nseq);
   args.h = shape.h, args.p = shape.p, args.g = shape.g, args.n = shape.n;
+  args.set_units();
   args.delta = delta, args.a_cumsum_log2 = a_cumsum;
   args.D = in.D, args.D_per_channel = in.D_per_channel;
   args.initial_states = in.initial_states;

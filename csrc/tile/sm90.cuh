@@ -141,17 +141,8 @@ MAMBA2_DEVICE void zero_rows(void* panel, int count, int thread, int threads) {
 }
 
 // ---- pipeline ----
-// A ring of kStages buffers between one producer and consumers; each side keeps its own position.
-template <int kStages>
-struct Ring {
-  ptx::Mbarrier full[kStages], empty[kStages];
-  MAMBA2_DEVICE void init(int consumer_arrivals) {
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&full[i], 1);
-      ptx::mbarrier_init(&empty[i], consumer_arrivals);
-    }
-  }
-};
+// A ring of kStages buffers between producers and consumers; each thread keeps its own position.
+// A buffer is full, or empty again, when that many threads have arrived (and their bytes are in).
 template <int kStages>
 struct RingPosition {
   int stage = 0;
@@ -159,6 +150,25 @@ struct RingPosition {
   MAMBA2_DEVICE void advance() {
     if (++stage == kStages) stage = 0, phase ^= 1;
   }
+};
+template <int kStages>
+struct Ring {
+  using Position = RingPosition<kStages>;
+  ptx::Mbarrier full[kStages], empty[kStages];
+  MAMBA2_DEVICE void init(int producers, int consumers) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&full[i], producers);
+      ptx::mbarrier_init(&empty[i], consumers);
+    }
+  }
+  MAMBA2_DEVICE void wait_full(const Position& at) {
+    ptx::mbarrier_wait(&full[at.stage], at.phase);
+  }
+  MAMBA2_DEVICE void wait_empty(const Position& at) {
+    ptx::mbarrier_wait(&empty[at.stage], at.phase ^ 1);
+  }
+  MAMBA2_DEVICE void fill(const Position& at) { ptx::mbarrier_arrive(&full[at.stage]); }
+  MAMBA2_DEVICE void release(const Position& at) { ptx::mbarrier_arrive(&empty[at.stage]); }
 };
 
 }  // namespace mamba2::tile
