@@ -99,6 +99,10 @@ struct Scanner {
   MAMBA2_DEVICE void leave_chunk(const State& S, const StageInfo& info, float through_log2) const {
     if (!unit.active) return;
     if constexpr (kStateOnly) {
+      if (args.final_states) {  // ssd_segment_state: the only pass
+        if (info.chunk.is_last) finish_sequence(S, info.chunk.i_seq);
+        return;
+      }
       if (!info.ends_task) return;
       store_carry(S, info);
       if (thread == 0)

@@ -12,6 +12,9 @@ int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_onl
 int segment_scan(float* carry, const float* through_log2, int segments, int units, int n,
                  void* stream);
 
+// final_states of packed sequences that have no token: their initial states, or zero.
+int finish_empty_sequences(const ForwardParams& params, const Chunking& chunking, void* stream);
+
 // Zeroes the call's own tickets and flags.
 int clear_words(int* words, int count, void* stream);
 

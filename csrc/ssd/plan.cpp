@@ -2,6 +2,7 @@
 // that `explain` answers on any machine.
 #include "plan.h"
 
+#include "plan_sm90.h"
 #include "tiers.h"
 
 namespace mamba2::ssd {
@@ -13,9 +14,6 @@ bool any::supports(const Problem&, const Device&) { return true; }
 
 // No kernels yet.
 bool sm80::supports(const Problem&, const Device&) { return false; }
-
-// No kernels yet.
-bool sm90::supports(const Problem&, const Device&) { return false; }
 
 namespace {
 
@@ -39,9 +37,7 @@ Plan plan_of(Tier tier, int forced, const char* reason) {
   return plan;
 }
 
-}  // namespace
-
-Plan make_plan(const Problem& problem, const Device& device, int forced) {
+Plan chosen_tier(const Problem& problem, const Device& device, int forced) {
   const int tier = forced & kPlanTierMask;
   if (tier != 0) {
     const bool known = tier <= static_cast<int>(Tier::sm90);
@@ -57,6 +53,14 @@ Plan make_plan(const Problem& problem, const Device& device, int forced) {
     return plan_of(Tier::sm80, forced, "mma.sync: 16-bit, sizes that its tiles divide");
   }
   return plan_of(Tier::any, forced, "plain loops: no tensor-core kernel takes this type or size");
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const Device& device, int forced) {
+  Plan plan = chosen_tier(problem, device, forced);
+  if (plan.tier == Tier::sm90 && !problem.backward) sm90::plan_forward(problem, device, &plan);
+  return plan;
 }
 
 }  // namespace mamba2::ssd

@@ -3,10 +3,23 @@
 
 #include <algorithm>
 
+#include "tiers.h"
+
 namespace mamba2::ssd::sm90 {
-namespace {
 
 constexpr int kQ = 64, kP = 64;
+
+// Only exactly 9.0 runs this code: later cards have no wgmma.
+bool supports(const Problem& problem, const Device& device) {
+  const Shape& s = problem.shape;
+  const bool card = device.major == 9 && device.minor == 0;
+  const bool type = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
+  return card && type && !problem.backward && s.p % kP == 0 && s.p <= 256 &&
+         (s.n == 64 || s.n == 128);
+}
+
+namespace {
+
 // In units of one chunk of one pair (about 1.3 us on an H200):
 constexpr double kTaskOverhead = 0.6;    // filling the ring, taking over a state
 constexpr double kPassOneShare = 0.55;   // pass one's time beside pass two's

@@ -46,7 +46,27 @@ __global__ void clear_words_kernel(int* words, int count) {
     words[i] = 0;
 }
 
+// grid: (elements of a sequence's states / kScanThreads, sequences)
+__global__ void finish_empty_kernel(Chunking chunking, AnyFloat initial_states, float* final_states,
+                                    int64_t elements) {
+  if (chunking.count(blockIdx.y) > 0) return;
+  const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x;
+  if (i >= elements) return;
+  const int64_t at = blockIdx.y * elements + i;
+  final_states[at] = initial_states.ptr ? load<float>(initial_states, at) : 0.f;
+}
+
 }  // namespace
+
+int finish_empty_sequences(const ForwardParams& params, const Chunking& chunking, void* stream) {
+  const Shape& shape = params.in.shape;
+  const int64_t elements = int64_t(shape.h) * shape.p * shape.n;
+  LaunchShape at;
+  at.grid = dim3(unsigned(ceil_div(elements, kScanThreads)), unsigned(shape.nseq));
+  at.threads = kScanThreads;
+  return launch(finish_empty_kernel, at, stream, chunking, params.in.initial_states,
+                static_cast<float*>(params.final_states), elements);
+}
 
 int segment_scan(float* carry, const float* through_log2, int segments, int units, int n,
                  void* stream) {
