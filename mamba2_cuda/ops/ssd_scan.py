@@ -53,11 +53,16 @@ def ssd_scan(
     Source: Dao & Gu 2024 (arXiv 2405.21060), equation 1 and section 6.
     """
     x, B, C, z = autocast(x, B, C, z)
-    arguments = (
-        x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx,
-        dt_softplus, *dt_limit, return_final_states, save_states, current_plan(),
-    )  # fmt: skip
-    y, final_states = _SsdScan.apply(*arguments)
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
+    delta_options = (dt_softplus, *dt_limit)
+    if torch.is_grad_enabled():
+        y, final_states = _SsdScan.apply(
+            delta_options, return_final_states, save_states, current_plan(), *inputs
+        )
+    else:
+        y, final_states, _ = _ops.ssd_scan_forward(
+            *inputs, *delta_options, return_final_states, False, current_plan()
+        )
     return (y, final_states) if return_final_states else y
 
 
@@ -72,12 +77,7 @@ def autocast(x, *others):
 
 class _SsdScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx,
-        dt_softplus, dt_min, dt_max, return_final_states, save_states, plan,
-    ):  # fmt: skip
-        inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
-        delta_options = (dt_softplus, dt_min, dt_max)
+    def forward(ctx, delta_options, return_final_states, save_states, plan, *inputs):
         y, final_states, chunk_states = _ops.ssd_scan_forward(
             *inputs, *delta_options, return_final_states, save_states, plan
         )
@@ -97,8 +97,13 @@ class _SsdScan(torch.autograd.Function):
         if not ctx.return_final_states:
             d_final_states = None  # torch.compile makes up zeros for the absent output
         gradients = _SsdScanBackward.apply(dy, d_final_states, *saved, *ctx.options)
-        wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
-        return (*wanted, *(None,) * 8)
+        wanted = ctx.needs_input_grad[4:13]
+        return (
+            *(None,) * 4,
+            *(g if need else None for g, need in zip(gradients, wanted)),
+            None,
+            None,
+        )
 
 
 class _SsdScanBackward(torch.autograd.Function):
