@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
         "bool return_final_states, bool save_states, int plan)"
         " -> (Tensor y, Tensor final_states, Tensor chunk_states)");
 
+  // The number of elements of chunk_states, for whoever needs it before the call: torch.compile.
+  // dtype is core/dtype.h's integer; compute capability major.minor and sm_count are the card's.
+  m.def(
+      "ssd_scan_chunk_states_numel(int b, int l, int h, int p, int g, int n, int nseq, "
+      "bool packed, bool has_z, int dtype, int major, int minor, int sm_count, int plan) -> int");
+
   // dy (b, l, h, p) of x's dtype; d_final_states (nseq, h, p, n) fp32 (fp64 when x is).
   m.def("ssd_scan_backward(" SSD_SCAN_BACKWARD_INPUTS "int plan) -> " SSD_SCAN_GRADIENTS);
 

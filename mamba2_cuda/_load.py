@@ -25,7 +25,7 @@ class BuildError(ImportError, RuntimeError):
 
 @cache
 def load_ops():
-    """Registers torch.ops.mamba2_cuda.*; returns the path of the library.
+    """Registers torch.ops.mamba2_cuda.* and their fakes; returns the path of the library.
 
     Raises BuildError when torch is too old, or the library is absent or does not load.
     """
@@ -39,6 +39,7 @@ def load_ops():
             f"{platform.python_version()}, {' '.join(platform.libc_ver())} on "
             f"{platform.machine()}: it was built for something else ({cause}); {HOW_TO_BUILD}"
         ) from cause
+    importlib.import_module("mamba2_cuda._fakes")  # describes operators that are registered
     return path
 
 

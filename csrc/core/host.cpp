@@ -1,5 +1,7 @@
 #include "host.h"
 
+#include "macros.h"
+
 namespace mamba2 {
 namespace {
 
@@ -35,9 +37,9 @@ Tensor allocate(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
       like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &shim_dtype, &layout,
       &device_type, like.get_device_index(), nullptr, &handle);
   if (error != TORCH_SUCCESS) {
-    double bytes = static_cast<double>(element_bytes(dtype));
-    for (const int64_t size : sizes) bytes *= static_cast<double>(size);
-    fail(like.is_cuda() ? "CUDA out of memory" : "out of memory", ": ", bytes / (1 << 20),
+    int64_t bytes = element_bytes(dtype);
+    for (const int64_t size : sizes) bytes *= size;
+    fail(like.is_cuda() ? "CUDA out of memory" : "out of memory", ": ", ceil_div(bytes, 1 << 20),
          " MiB could not be allocated on ", describe_device(like));
   }
   return Tensor(handle);

@@ -88,6 +88,30 @@ int64_t kept_numel(Problem problem, const Plan& plan, const Device& device, int 
   return kernels_of(plan.tier).chunk_states_numel(problem, backward);
 }
 
+int64_t scan_chunk_states_numel(int64_t b, int64_t l, int64_t h, int64_t p, int64_t g, int64_t n,
+                                int64_t nseq, bool packed, bool has_z, int64_t dtype, int64_t major,
+                                int64_t minor, int64_t sm_count, int64_t forced) {
+  Problem problem;
+  problem.shape.b = b;
+  problem.shape.l = l;
+  problem.shape.h = static_cast<int>(h);
+  problem.shape.p = static_cast<int>(p);
+  problem.shape.g = static_cast<int>(g);
+  problem.shape.n = static_cast<int>(n);
+  problem.shape.nseq = nseq;
+  problem.shape.packed = packed;
+  problem.dtype = static_cast<DType>(dtype);
+  problem.has_z = has_z;
+  problem.save_states = true;
+  if (has_no_token(problem.shape)) return 0;
+  Device device;
+  device.major = static_cast<int>(major);
+  device.minor = static_cast<int>(minor);
+  device.sm_count = static_cast<int>(sm_count);
+  const Plan plan = make_plan(problem, device, static_cast<int>(forced));
+  return kept_numel(problem, plan, device, static_cast<int>(forced));
+}
+
 // Runs a prepared call with at least one token; returns what was kept for the backward.
 Tensor run_forward(const char* op, ForwardCall& call, const Tensor& x, bool save_states,
                    int forced) {
@@ -235,6 +259,10 @@ STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
   m.impl("ssd_scan_backward_out", TORCH_BOX(&scan_backward_out));
   m.impl("ssd_segment_state_forward", TORCH_BOX(&segment_state_forward));
   m.impl("ssd_segment_state_backward", TORCH_BOX(&segment_state_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("ssd_scan_chunk_states_numel", TORCH_BOX(&scan_chunk_states_numel));
 }
 
 }  // namespace mamba2::ssd

@@ -2,9 +2,8 @@
 
 from mamba2_cuda._load import load_ops
 
-load_ops()  # what follows describes and calls registered operators
+load_ops()
 
-import mamba2_cuda.ops.fakes  # noqa: E402, F401
 from mamba2_cuda.ops.plan import batch_invariant  # noqa: E402
 from mamba2_cuda.ops.ssd_scan import ssd_scan  # noqa: E402
 from mamba2_cuda.ops.ssd_segment_state import ssd_segment_state  # noqa: E402

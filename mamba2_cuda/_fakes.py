@@ -19,6 +19,20 @@ def like(t, x, dtype=None):
     return absent(x) if t is None else t.new_empty(t.shape, dtype=dtype)
 
 
+DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def kept_numel(x, B, z, nseq, packed, plan):
+    """Elements of the chunk states that save_states keeps: the plan's choice for x's card."""
+    if x.device.type != "cuda":
+        return 0
+    card = torch.cuda.get_device_properties(x.device)
+    return torch.ops.mamba2_cuda.ssd_scan_chunk_states_numel(
+        *map(int, (*x.shape, *B.shape[2:], nseq)), packed, z is not None, DTYPE_CODE[x.dtype],
+        card.major, card.minor, card.multi_processor_count, plan,
+    )  # fmt: skip
+
+
 @fake("mamba2_cuda::ssd_scan_forward")
 def _(
     x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx,
@@ -29,7 +43,8 @@ def _(
     final_states = absent(x)
     if return_final_states:
         final_states = x.new_empty(nseq, h, p, B.shape[3], dtype=state_dtype(x))
-    return x.new_empty(x.shape), final_states, x.new_empty(0)
+    kept = kept_numel(x, B, z, nseq, cu_seqlens is not None, plan) if save_states else 0
+    return x.new_empty(x.shape), final_states, x.new_empty(kept)
 
 
 @fake("mamba2_cuda::ssd_scan_backward")
