@@ -59,6 +59,19 @@ def run_public(scan):
     return run
 
 
+def plans(device, dtype):
+    """The plans to force on a device: its choice, then every tier that takes this dtype.
+
+    A tier that does not take the sizes of a problem hands it to tier "any".
+    """
+    if device == "cpu":
+        return (0,)
+    capability = torch.cuda.get_device_capability()
+    tensor_cores = [2] if capability >= (8, 0) else []
+    tensor_cores += [3] if capability == (9, 0) else []
+    return (0, 1, *(tensor_cores if dtype in HALF else []))
+
+
 def present(results, inputs):
     """Results without those of absent arguments, which an op returns empty."""
     absent = {k for k, of in ARGUMENT_OF.items() if inputs.get(of) is None}
@@ -185,10 +198,8 @@ def compare(results, expected, errors, inputs, what=""):
         allowed = allowed_error(name, inputs, true, errors[name])
         good = error <= allowed  # False for NaN
         faults += not good
-        report.append(
-            f"{name:17} error {error / norm:.2e} allowed {allowed / norm:.2e}"
-            f"{'' if good else '   <-- too far'}"
-        )
+        verdict = "" if good else f"   <-- {name} too far"
+        report.append(f"{name:17} error {error / norm:.2e} allowed {allowed / norm:.2e}{verdict}")
     assert not faults, f"{what}\n" + "\n".join(report)
 
 

@@ -3,23 +3,34 @@
 import pytest
 import torch
 
+NO_CUDA = "no CUDA device on this machine"
+
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all cases, also without a GPU")
+
+
+@pytest.fixture(scope="session")
+def ops():
+    """The registered operators."""
+    from mamba2_cuda._load import load_ops
+
+    load_ops()
+    return torch.ops.mamba2_cuda
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Each device; CUDA is skipped where there is none."""
     if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
+        pytest.skip(NO_CUDA)
     return request.param
 
 
 @pytest.fixture
 def cuda():
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
+        pytest.skip(NO_CUDA)
     return "cuda"
 
 
