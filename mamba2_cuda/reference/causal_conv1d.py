@@ -34,8 +34,8 @@ def causal_conv1d(
 
     def convolve(x, state):
         window = torch.cat([state, x], 1)
-        taps = window.to(work).unfold(1, w, 1)  # (b, l, d, w)
-        y = torch.einsum("bldw,dw->bld", taps, weight.to(work))
+        taps = (window[:, k : k + x.size(1)].to(work) for k in range(w))
+        y = sum(weight[:, k].to(work) * tap for k, tap in enumerate(taps))
         y = y if bias is None else y + bias.to(work)
         return (F.silu(y) if silu else y).to(x.dtype), window[:, x.size(1) :]
 
