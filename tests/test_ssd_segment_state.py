@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, make_inputs
-from common import compare, leaves_of, plans, to_double
+from common import HALF, compare, leaves_of, plans, to_double, to_dtype
 
 import mamba2_cuda
 from mamba2_cuda import reference
@@ -76,11 +76,15 @@ def check(run, case, device, what=""):
     inputs, grads = segment_inputs(case, device)
     double = {k: to_double(v) for k, v in inputs.items()}
     expected = under_autograd(reference.ssd_segment_state, double, [to_double(d) for d in grads])
-    half = case.dtype in (torch.bfloat16, torch.float16)
-    how = {"operand": case.dtype} if half else {"working": case.dtype, "chunk": 16}
-    yard = rounded(inputs, grads, **how)
-    yard["log_decay"] = reference.ssd_segment_state(**inputs)[1]
-    errors = {k: yard[k].double() - v for k, v in expected.items()}
+    wide = {k: to_dtype(v, case.working) for k, v in inputs.items()}
+    yard = [rounded(wide, grads, working=case.working, chunk=16)]
+    yard[0]["log_decay"] = reference.ssd_segment_state(**wide)[1]
+    if case.dtype in HALF:
+        yard.insert(
+            0, rounded(inputs, grads, operand=case.dtype) | {"log_decay": expected["log_decay"]}
+        )
+    errors = {k: [y[k].double() - v for y in yard] for k, v in expected.items()}
+    errors = {k: v if len(v) == 2 else (None, *v) for k, v in errors.items()}
     results = run(inputs, grads)
     compare(results, expected, errors, inputs, f"{case} {what}")
     again = run(inputs, grads)

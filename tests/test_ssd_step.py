@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, make_inputs
-from common import compare, to_double
+from common import compare, to_dtype
 
 import mamba2_cuda
 from mamba2_cuda import reference
+from mamba2_cuda.reference.discretise import working_dtype
 
 ALL = Case(b=3, l=4, p=16, n=16, D="hp", z=True, dt_bias=True, dt_limit=(0.05, 0.2))
 CASES = {
@@ -32,18 +33,28 @@ def make_state(case, dtype, device, slots=None):
 
 
 def check(state, inputs, **indices):
-    """One call against the fp64 reference; its error may be that of the reference in x's dtype."""
-    double = {k: to_double(v) for k, v in inputs.items()}
-    names = ("y", "final_states")
-    expected = dict(zip(names, reference.ssd_step(state.double(), **double, **indices)))
-    yard = dict(zip(names, reference.ssd_step(state, **inputs, **indices)))
-    errors = {k: yard[k].double() - v for k, v in expected.items()}
+    """One call against the fp64 reference.
+
+    What it may err by: what the reference does in fp32 (the arithmetic), and what rounding y and
+    the new state to their dtypes does.
+    """
+    names, working = ("y", "final_states"), working_dtype(inputs["x"])
+
+    def stepped(dtype):
+        wide = {k: to_dtype(v, dtype) for k, v in inputs.items()}
+        return dict(zip(names, reference.ssd_step(state.to(dtype), **wide, **indices)))
+
+    expected, arithmetic = stepped(torch.float64), stepped(working)
+    dtypes = {"y": inputs["x"].dtype, "final_states": state.dtype}
+    rounded = {k: v.to(dtypes[k]) for k, v in expected.items()}
+    errors = {k: [u[k].double() - v for u in (rounded, arithmetic)] for k, v in expected.items()}
     y = mamba2_cuda.ssd_step(state, **inputs, **indices)
     results = {"y": y, "final_states": state}
     source = indices.get("state_indices")
     if source is not None:  # what a padding entry's y holds is nobody's business
-        for of in (expected, results, errors):
+        for of in (expected, results):
             of["y"] = of["y"][source >= 0]
+        errors["y"] = [v[source >= 0] for v in errors["y"]]
     compare(results, expected, errors, inputs)
 
 
