@@ -141,19 +141,16 @@ def expected_error(case, device="cpu"):
 def yardstick_error(inputs, dy, d_final_states, expected):
     """What the same maths errs by when it is rounded at the same places: two tensors by name.
 
-    The first is what 16-bit operands and results cost (the yardstick; None where nothing is 16
-    bits), the second what arithmetic in fp32, or fp64 for fp64, costs: the block form with short
-    chunks.
+    The first is what 16-bit operands and the dtypes of results cost (the yardstick), the second
+    what arithmetic in fp32, or fp64 for fp64, costs: the block form with short chunks.
     """
     dtype = inputs["x"].dtype
     working = working_dtype(inputs["x"])
     wide = {k: to_dtype(v, working) for k, v in inputs.items()}
     arithmetic = yardstick(wide, dy, d_final_states, working=working, chunk=16)
-    operands = yardstick(inputs, dy, d_final_states, operand=dtype) if dtype in HALF else {}
-    return {
-        k: (operands[k].double() - v if operands else None, arithmetic[k].double() - v)
-        for k, v in expected.items()
-    }
+    operands = yardstick(inputs, dy, d_final_states, operand=dtype if dtype in HALF else None)
+    both = (operands, arithmetic)
+    return {k: tuple(results[k].double() - v for results in both) for k, v in expected.items()}
 
 
 # ---- comparing
@@ -181,9 +178,7 @@ def allowed_error(name, inputs, expected, errors):
         allowed += 2.0**-53 * (math.sqrt(terms) + 64 * 160) * norm + 2.0**-150
     else:
         allowed += 2.0**-24 * math.sqrt(terms) * norm
-    if operands is not None:
-        allowed += 1.2 * confidence(name, operands) * operands.norm().item()
-    return allowed
+    return allowed + 1.2 * confidence(name, operands) * operands.norm().item()
 
 
 def confidence(name, error):

@@ -77,14 +77,13 @@ def check(run, case, device, what=""):
     double = {k: to_double(v) for k, v in inputs.items()}
     expected = under_autograd(reference.ssd_segment_state, double, [to_double(d) for d in grads])
     wide = {k: to_dtype(v, case.working) for k, v in inputs.items()}
-    yard = [rounded(wide, grads, working=case.working, chunk=16)]
-    yard[0]["log_decay"] = reference.ssd_segment_state(**wide)[1]
-    if case.dtype in HALF:
-        yard.insert(
-            0, rounded(inputs, grads, operand=case.dtype) | {"log_decay": expected["log_decay"]}
-        )
+    yard = [
+        rounded(inputs, grads, operand=case.dtype if case.dtype in HALF else None),
+        rounded(wide, grads, working=case.working, chunk=16),
+    ]
+    yard[0]["log_decay"] = expected["log_decay"]
+    yard[1]["log_decay"] = reference.ssd_segment_state(**wide)[1]
     errors = {k: [y[k].double() - v for y in yard] for k, v in expected.items()}
-    errors = {k: v if len(v) == 2 else (None, *v) for k, v in errors.items()}
     results = run(inputs, grads)
     compare(results, expected, errors, inputs, f"{case} {what}")
     again = run(inputs, grads)
