@@ -8,9 +8,13 @@ from cases import Case, make_inputs
 from common import compare, to_dtype
 
 import mamba2_cuda
+import mamba2_cuda.ops
 from mamba2_cuda import reference
 from mamba2_cuda.reference.discretise import working_dtype
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(mamba2_cuda.ops, "ssd_step"), reason="this build has no ssd_step"
+)
 ALL = Case(b=3, l=4, p=16, n=16, D="hp", z=True, dt_bias=True, dt_limit=(0.05, 0.2))
 CASES = {
     "all": ALL,
