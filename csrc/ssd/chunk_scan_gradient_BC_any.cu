@@ -4,7 +4,7 @@
 //   dC_i   = sum_h u_i S^T dy_i + sum_{j <= i} dCB_ij B_j
 //   dB_j   = sum_h delta_j w_j G^T x_j + sum_{i >= j} dCB_ij C_i
 // The block visits the heads one after another, so the sum has one order and needs no buffer.
-// Grid: (chunk and group, 64 columns of n). Shared memory: 53 KB (fp64). Bound by the fp32 (fp64)
+// Grid: (chunk and group, 64 columns of n). Shared memory: 45 KB (fp64). Bound by the fp32 (fp64)
 // pipes and by shared-memory reads.
 #include "../core/dispatch.cuh"
 #include "../core/launch.h"

@@ -8,7 +8,7 @@
 // u: decay since the chunk's start, w: decay until its end. Every sum over pairs is formed from the
 // pairs it names, nothing is obtained as a difference, so strong decay costs no accuracy.
 // Also the chunk's part of dA, d_dt_bias and dD.
-// Grid: chunk and head. Shared memory: 56 KB (fp64). Bound by the fp32 (fp64) pipes and by
+// Grid: chunk and head. Shared memory: 46 KB (fp64). Bound by the fp32 (fp64) pipes and by
 // shared-memory reads.
 #include "../core/dispatch.cuh"
 #include "../core/launch.h"

@@ -2,7 +2,7 @@
 //   states[c, h] = sum_j w_j x_j B_j^T,   w_j = delta_j exp(sum of delta A over tokens after j)
 // and its mirror image in the backward, the gradient of the state entering the chunk:
 //   states[c, h] = sum_i u_i dy_i C_i^T,  u_i = exp(sum of delta A over tokens up to i)
-// Grid: (chunk and head, 64 x 64 tile of (p, n)). Shared memory: 20 KB (fp64). Bound by the fp32
+// Grid: (chunk and head, 64 x 64 tile of (p, n)). Shared memory: 12 KB (fp64). Bound by the fp32
 // (fp64) pipes and by shared-memory reads, 8 for 16 multiply-adds.
 #include "../core/dispatch.cuh"
 #include "../core/launch.h"
@@ -19,7 +19,8 @@ struct Shared {
 };
 
 template <class T, bool kGradient>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1) chunk_state_any(ChunkStateParams params) {
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm<accumulator_t<T>>)
+    chunk_state_any(ChunkStateParams params) {
   using U = accumulator_t<T>;
   auto& s = *static_cast<Shared<U>*>(ptx::dynamic_smem());
   const Inputs& in = params.work.in;

@@ -1,7 +1,7 @@
 // Matrix products of tier any: a 64 x 64 tile by the 256 threads of a block, in fp32 or fp64.
 //   tile(r, c) += sum_k a(r, k) b(c, k)
 // Operands are functions of (index, k) that return 0 outside their matrix, so that ragged sizes
-// need no case of their own; they are staged through shared memory in slabs of 16 k.
+// need no case of their own; they are staged through shared memory in slabs of a few k.
 #pragma once
 #include "../core/convert.cuh"
 #include "../ptx/common.cuh"
@@ -10,8 +10,16 @@ namespace mamba2::ssd::any {
 
 constexpr int kThreads = 256;
 constexpr int kTile = 64;  // rows and columns of a tile
-constexpr int kSlab = 16;  // k staged at a time
 constexpr int kOwn = 4;    // a thread owns rows t / 16 + 16 m and columns t % 16 + 16 m, m < kOwn
+
+// k staged at a time: 64 bytes of a row, two sectors of memory.
+template <class U>
+constexpr int kSlab = 64 / sizeof(U);
+
+// Blocks that share an SM: what is left of its registers for a thread is 128 for fp32, 255 for
+// fp64.
+template <class U>
+constexpr int kBlocksPerSm = sizeof(U) == 4 ? 2 : 1;
 
 // A matrix in memory, k contiguous: rows x[i], of which `count` rows and `width` columns exist.
 template <class T>
@@ -105,31 +113,46 @@ struct Tile {
 
 template <class U>
 struct Slabs {
-  U a[kSlab][kTile + 1];
-  U b[kSlab][kTile + 1];
+  U a[kSlab<U>][kTile + 1];
+  U b[kSlab<U>][kTile + 1];
 };
 
-template <class U, class M>
-MAMBA2_DEVICE void fill(U (&s_slab)[kSlab][kTile + 1], const M& m, int k0) {
-  MAMBA2_UNROLL
-  for (int e = threadIdx.x; e < kSlab * kTile; e += kThreads) {
-    const int k = M::k_contiguous ? e % kSlab : e / kTile;
-    const int i = M::k_contiguous ? e / kSlab : e % kTile;
-    s_slab[k][i] = m(i, k0 + k);
-  }
-}
+// A thread's share of one slab of one operand, on its way from memory.
+template <class U>
+struct Fetched {
+  U v[kSlab<U> * kTile / kThreads];
 
-// Starts with a barrier: what other threads of the block wrote to shared memory before is seen.
-template <class U, class A, class B>
-MAMBA2_DEVICE void matmul(Tile<U>& acc, Slabs<U>& s, int k_count, const A& a, const B& b) {
-  MAMBA2_NO_UNROLL
-  for (int k0 = 0; k0 < k_count; k0 += kSlab) {
-    __syncthreads();
-    fill(s.a, a, k0);
-    fill(s.b, b, k0);
-    __syncthreads();
+  // f(k, index, value) on every element; neighbouring threads are neighbours in the matrix's
+  // memory.
+  template <bool k_contiguous, class F>
+  MAMBA2_DEVICE void each(F f) {
     MAMBA2_UNROLL
-    for (int k = 0; k < kSlab; ++k) {
+    for (int m = 0; m < kSlab<U> * kTile / kThreads; ++m) {
+      const int e = int(threadIdx.x) + m * kThreads;
+      if (k_contiguous) {
+        f(e % kSlab<U>, e / kSlab<U>, v[m]);
+      } else {
+        f(e / kTile, e % kTile, v[m]);
+      }
+    }
+  }
+  template <class M>
+  MAMBA2_DEVICE void fetch(const M& matrix, int k0) {
+    each<M::k_contiguous>([&](int k, int i, U& element) { element = matrix(i, k0 + k); });
+  }
+  template <class M>
+  MAMBA2_DEVICE void store(const M&, U (&s_slab)[kSlab<U>][kTile + 1]) {
+    each<M::k_contiguous>([&](int k, int i, U element) { s_slab[k][i] = element; });
+  }
+};
+
+template <class U>
+MAMBA2_DEVICE void multiply_slabs(Tile<U>& acc, const Slabs<U>& s) {
+  constexpr int kAtOnce = sizeof(U) == 4 ? 4 : 2;  // more would hide no more, and cost registers
+  MAMBA2_NO_UNROLL
+  for (int k0 = 0; k0 < kSlab<U>; k0 += kAtOnce) {
+    MAMBA2_UNROLL
+    for (int k = k0; k < k0 + kAtOnce; ++k) {
       U r_a[kOwn], r_b[kOwn];
       MAMBA2_UNROLL
       for (int m = 0; m < kOwn; ++m) {
@@ -142,6 +165,28 @@ MAMBA2_DEVICE void matmul(Tile<U>& acc, Slabs<U>& s, int k_count, const A& a, co
         for (int j = 0; j < kOwn; ++j) acc.v[i][j] += r_a[i] * r_b[j];
       }
     }
+  }
+}
+
+// Starts with a barrier: what other threads of the block wrote to shared memory before is seen.
+// The next slab is on its way while this one is multiplied.
+template <class U, class A, class B>
+MAMBA2_DEVICE void matmul(Tile<U>& acc, Slabs<U>& s, int k_count, const A& a, const B& b) {
+  Fetched<U> next_a, next_b;
+  __syncthreads();
+  next_a.fetch(a, 0);
+  next_b.fetch(b, 0);
+  MAMBA2_NO_UNROLL
+  for (int k0 = 0; k0 < k_count; k0 += kSlab<U>) {
+    if (k0 > 0) __syncthreads();  // the last slab has been read
+    next_a.store(a, s.a);
+    next_b.store(b, s.b);
+    __syncthreads();
+    if (k0 + kSlab<U> < k_count) {
+      next_a.fetch(a, k0 + kSlab<U>);
+      next_b.fetch(b, k0 + kSlab<U>);
+    }
+    multiply_slabs(acc, s);
   }
 }
 
