@@ -20,6 +20,13 @@ MAMBA2_DEVICE uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The thread's number in its warp. Every call reads it anew (see tile/sm80.cuh).
+MAMBA2_DEVICE int laneid() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // 2^x, x * 2^n exact, subnormal results flushed to zero. ex2(-160) == 0.
 MAMBA2_DEVICE float ex2(float x) {
   float y;

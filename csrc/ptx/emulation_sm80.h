@@ -140,6 +140,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 namespace mamba2::ptx {
 
 inline void* dynamic_smem() { return emulation::grid->current->block->smem; }
+inline int laneid() { return static_cast<int>(threadIdx.x % 32); }
 inline uint32_t smem_address(const void* p) {
   return emulation::window_address(p, 0, "smem_address");
 }

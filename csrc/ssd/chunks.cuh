@@ -17,6 +17,13 @@ struct Chunk {
   bool is_last;  // of its sequence
 };
 
+// The tokens of one sequence.
+struct Sequence {
+  int row;         // batch row of the tensors
+  int64_t token;   // first token, within the row
+  int64_t length;  // tokens
+};
+
 // How to find chunks. Passed by value to kernels.
 struct Chunking {
   int q = 64;
@@ -42,6 +49,10 @@ struct Chunking {
   }
   MAMBA2_HD int count(int i_seq) const {
     return table ? first_chunk[i_seq + 1] - first_chunk[i_seq] : chunks_per_row;
+  }
+  MAMBA2_HD Sequence sequence(int i_seq) const {
+    if (!table) return {i_seq, 0, l};
+    return {0, first_token[i_seq], first_token[i_seq + 1] - first_token[i_seq]};
   }
 };
 

@@ -38,4 +38,34 @@ int zero_outside(const Shape& shape, const Chunking& chunking, const ZeroTargets
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
                  void* stream);
 
+namespace sm80 {
+
+constexpr int kChunkTokens = kChunkTokensSm80;
+
+// How much of the head dimension a block takes: 80, 64 or 32, whichever pads p least, then the
+// largest. Cards with less than 160 KB of shared memory (8.6, 8.9, 12.x) have no room for 80.
+inline int head_dim_tile(int p, const Device& device) {
+  const bool small_smem = device.major == 8 ? device.minor != 0 : device.major >= 12;
+  int best = p <= 32 ? 32 : 64;
+  for (int tile : {80, 32}) {
+    if (tile == 80 && small_smem) continue;
+    if (round_up(p, tile) < round_up(p, best)) best = tile;
+  }
+  return best;
+}
+
+// ---- chunk_state_sm80.cu: chunk_state and state_passing ----
+// states (chunks, h, p, n), x's dtype: the state entering each chunk. final_states (nseq, h, p, n),
+// optional. q of `chunking` is kChunkTokens, here and below.
+int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
+                const float* a_cumsum_log2, void* states, float* final_states, const Device& device,
+                void* stream);
+
+// ---- chunk_scan_sm80.cu ----
+// y from the states entering the chunks.
+int chunk_scan(const ForwardParams& forward, const Chunking& chunking, const float* delta,
+               const float* a_cumsum_log2, const void* states, const Device& device, void* stream);
+
+}  // namespace sm80
+
 }  // namespace mamba2::ssd

@@ -12,8 +12,13 @@ namespace mamba2::ssd {
 // The last tier: every type and size that passed the checks.
 bool any::supports(const Problem&, const Device&) { return true; }
 
-// No kernels yet.
-bool sm80::supports(const Problem&, const Device&) { return false; }
+// 16-bit operands, p and n made of 16 x 16 blocks. The backward has no kernels yet.
+bool sm80::supports(const Problem& problem, const Device& device) {
+  const auto takes = [](int size) { return size % 16 == 0 && size <= 256; };
+  const bool is_16_bit = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
+  return device.major >= 8 && is_16_bit && takes(problem.shape.p) && takes(problem.shape.n) &&
+         !problem.backward;
+}
 
 namespace {
 
@@ -31,6 +36,7 @@ bool supports(Tier tier, const Problem& problem, const Device& device) {
 Plan plan_of(Tier tier, int forced, const char* reason) {
   Plan plan;
   plan.tier = tier;
+  if (tier == Tier::sm80) plan.q = kChunkTokensSm80;
   plan.variant = (forced >> kPlanVariantShift) & kPlanVariantMask;
   plan.batch_invariant = (forced & kPlanBatchInvariant) != 0;
   plan.reason = reason;

@@ -18,6 +18,11 @@ struct Device {
 constexpr int kPlanTierMask = 0xf, kPlanVariantShift = 4, kPlanVariantMask = 0xf;
 constexpr int kPlanBatchInvariant = 1 << 8;
 
+// Tier sm80's chunk length. At p 64, n 128 a token of a head costs 2 p + (p n) / q elements of x, y
+// and states a pass, and q (p + n) multiply-adds inside its chunk (half of them skipped): with 64
+// the states outweigh x, with 256 the products inside the chunk outweigh everything else.
+constexpr int kChunkTokensSm80 = 128;
+
 struct Problem {
   Shape shape;
   DType dtype = DType::f32;

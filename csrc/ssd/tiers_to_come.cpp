@@ -5,10 +5,7 @@
 namespace mamba2::ssd {
 
 namespace sm80 {
-std::size_t forward_workspace_bytes(const Problem&, const Plan&, const Device&) { return 0; }
 std::size_t backward_workspace_bytes(const Problem&, const Plan&, const Device&) { return 0; }
-int64_t chunk_states_numel(const Problem&, const Plan&) { return 0; }
-int forward(const ForwardParams&, const Plan&, const Device&, void*, void*) { return 1; }
 int backward(const BackwardParams&, const Plan&, const Device&, void*, void*) { return 1; }
 }  // namespace sm80
 

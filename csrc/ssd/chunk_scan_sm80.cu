@@ -1,0 +1,372 @@
+// chunk_scan: the outputs of a chunk from the state S entering it,
+//   y_i = 2^s_i S C_i + sum_{j <= i} M_ij x_j + D x_i,   M = C B^T o 2^(s_i - s_j) o delta_j
+// times silu(z_i) when there is a gate.
+//
+// grid: (chunk, group, run of items), items fastest, so that chunks share C and B through L2. An
+// item is a head and a tile of p; a block takes several of one group and computes C B^T, which is
+// theirs in common, once: it stays in fp32 accumulators. A warp has 16 rows of the chunk and the
+// columns up to its diagonal; blocks above it are skipped, and warps are paired so that the four
+// schedulers of an SM have equal work.
+//   per item: y = C S^T over slices of 64 of n (and C B^T with the first item); y_i *= 2^s_i;
+//             for each block of 16 tokens j: M in registers, y += M x; then D, z, store.
+// Shared memory at p 64: 2 slices of C, B (16 KB each) and S (8 KB), x (16 KB), 98 KB in all: two
+// blocks an SM, and one on cards with 99 KB. The next item's slices are copied during this one.
+// Bound by HBM (x, S and y once: 1.0 GB at b 8, l 4096, h 80, p 64, n 128) and the tensor pipe:
+// 44 K FLOP a token and head with C B^T per head, 30 K when four heads share it.
+#include "../core/launch.h"
+#include "../tile/sm80.cuh"
+#include "formulas.cuh"
+#include "launch.h"
+
+namespace mamba2::ssd::sm80 {
+namespace {
+
+constexpr int q = kChunkTokens, kSlice = 64, kStages = 2;
+constexpr int kWarps = q / 16, kThreads = 32 * kWarps;
+constexpr int kMaxItems = 8;  // of a block: beyond it C B^T is cheap and the grid's tail is not
+
+struct ChunkScanParams {
+  Strided x, B, C, z;          // (b, l, h, p), (b, l, g, n) twice, (b, l, h, p) optional   T
+  const void* states;          // (chunks, h, p, n)   T
+  const float* delta;          // (chunks, h, q)
+  const float* a_cumsum_log2;  // (chunks, h, q)
+  AnyFloat D;                  // (h) or (h, p), optional
+  bool D_per_channel;
+  StridedOut y;  // (b, l, h, p)        T, out
+  Chunking chunking;
+  int h, p, n, heads_per_group;
+  int p_tiles, items_per_group, items_per_block, blocks_per_group;
+};
+
+// What a block works on. It lies in shared memory, for the accumulators leave no registers for it.
+struct Work {
+  struct Item {
+    int i_h, p_base;
+  };
+  int row, token, count;  // of the chunk
+  int i_chunk, i_g, items;
+  Item item[kMaxItems];
+};
+
+// silu(z) in the approximations of the special-function unit: its error of some 2^-22 disappears in
+// the 16 bits of y, and an exact division is a call, for which registers are lacking.
+MAMBA2_DEVICE float gate(float z) {
+  return z * ptx::rcp(1.f + ptx::ex2(-z * static_cast<float>(kLog2E)));
+}
+
+template <class Element, int tile_p>
+struct ScanTile {
+  using T = Element;
+  static constexpr int kTileP = tile_p;
+  struct Shared {
+    tile::SharedTile<T, q, kSlice> C[kStages], B[kStages];
+    tile::SharedTile<T, kTileP, kSlice> S[kStages];
+    tile::SharedTile<T, q, kTileP> x;
+    float a[q], delta[q];
+    Work work;
+    float D[kTileP];  // of the item's channels
+    float weight[q];  // 2^(s_e - s_j) delta_j, e the last token of j's block of 16
+  };
+};
+
+template <class Tile>
+struct Scan {
+  using T = typename Tile::T;
+  static constexpr int kTileP = Tile::kTileP;
+  const ChunkScanParams& params;
+  typename Tile::Shared& shared;
+  const Work& work;
+  int row_block;  // this warp has the 16 rows of this block of the chunk
+  float CB[q / 16][2][4];
+  float y[kTileP / 16][2][4];
+
+  MAMBA2_DEVICE int head(int item) const { return work.item[item].i_h; }
+  MAMBA2_DEVICE int channel(int item) const { return work.item[item].p_base; }
+  MAMBA2_DEVICE int slices() const { return ceil_div(params.n, kSlice); }
+  MAMBA2_DEVICE const T* rows_of(const Strided& tensor, int i_h, int col) const {
+    return static_cast<const T*>(tensor.ptr) + work.row * tensor.b + work.token * tensor.l +
+           i_h * tensor.h + col;
+  }
+
+  // ---- copies ----
+  // The slice `ahead` slices after slice i of an item, over the items' ends.
+  struct Slice {
+    int item, n_base;
+  };
+  MAMBA2_DEVICE Slice slice_after(int item, int i, int ahead) const {
+    for (i += ahead; i >= slices(); i -= slices()) ++item;
+    return {item, i * kSlice};
+  }
+  MAMBA2_DEVICE void load_C_and_B(Slice slice, int stage) {
+    if (slice.item >= work.items) return;
+    tile::copy_async<kThreads>(shared.C[stage], rows_of(params.C, work.i_g, slice.n_base),
+                               params.C.l, work.count, params.n - slice.n_base);
+    if (slice.item > 0) return;
+    tile::copy_async<kThreads>(shared.B[stage], rows_of(params.B, work.i_g, slice.n_base),
+                               params.B.l, work.count, params.n - slice.n_base);
+  }
+  MAMBA2_DEVICE void load_S(Slice slice, int stage) {
+    if (slice.item >= work.items) return;
+    const int p_base = channel(slice.item);
+    const int64_t matrix = static_cast<int64_t>(work.i_chunk) * params.h + head(slice.item);
+    const T* g_S = static_cast<const T*>(params.states) + (matrix * params.p + p_base) * params.n +
+                   slice.n_base;
+    tile::copy_async<kThreads>(shared.S[stage], g_S, params.n, params.p - p_base,
+                               params.n - slice.n_base);
+  }
+  MAMBA2_DEVICE void load_x(int item) {
+    if (item >= work.items) return;
+    tile::copy_async<kThreads>(shared.x, rows_of(params.x, head(item), channel(item)), params.x.l,
+                               work.count, params.p - channel(item));
+  }
+  MAMBA2_DEVICE void load_steps(int item) {
+    if (item >= work.items) return;
+    const int64_t at = (static_cast<int64_t>(work.i_chunk) * params.h + head(item)) * q;
+    const int t = threadIdx.x % (q / 4) * 4;
+    if (threadIdx.x < q / 4) {
+      ptx::cp_async_16(shared.a + t, params.a_cumsum_log2 + at + t, true);
+    } else if (threadIdx.x < q / 2) {
+      ptx::cp_async_16(shared.delta + t, params.delta + at + t, true);
+    }
+  }
+
+  // ---- y = C S^T and C B^T, over one slice of n ----
+  MAMBA2_DEVICE void multiply_slice(int stage, bool with_B) {
+    MAMBA2_NO_UNROLL for (int k = 0; k < kSlice; k += 16) {
+      uint32_t a[4], b[4];
+      tile::load_a(a, shared.C[stage], 16 * row_block, k);
+      MAMBA2_UNROLL for (int i = 0; i < kTileP / 16; ++i) {
+        tile::load_b(b, shared.S[stage], 16 * i, k);
+        tile::mma_16x16<T>(y[i][0], y[i][1], a, b);
+      }
+      if (!with_B) continue;
+      MAMBA2_UNROLL for (int j = 0; j < q / 16; ++j) {
+        if (j > row_block) break;
+        tile::load_b(b, shared.B[stage], 16 * j, k);
+        tile::mma_16x16<T>(CB[j][0], CB[j][1], a, b);
+      }
+    }
+  }
+
+  // ---- y = 2^s_i y + M x ----
+  MAMBA2_DEVICE void form_weights(int item) {
+    const int j = threadIdx.x;
+    if (j < q) shared.weight[j] = ptx::ex2(shared.a[j | 15] - shared.a[j]) * shared.delta[j];
+    if (j < kTileP && params.D.ptr != nullptr && channel(item) + j < params.p) {
+      const int64_t i_h = head(item),
+                    at = params.D_per_channel ? i_h * params.p + channel(item) + j : i_h;
+      shared.D[j] = load<float>(params.D, at);
+    }
+  }
+  // M of a block before the diagonal: 2^(s_i - s_j) = 2^(s_i - s_e) 2^(s_e - s_j), both <= 1.
+  MAMBA2_DEVICE void mask_before(float (&m)[2][4], const float (&s_i)[2], int j) {
+    const float s_e = shared.a[16 * j + 15];
+    const float row[2] = {ptx::ex2(s_i[0] - s_e), ptx::ex2(s_i[1] - s_e)};
+    MAMBA2_UNROLL for (int side = 0; side < 2; ++side) {
+      const float2 weight = *reinterpret_cast<const float2*>(shared.weight + 16 * j + 8 * side +
+                                                             tile::fragment_col());
+      MAMBA2_UNROLL for (int e = 0; e < 4; ++e) {
+        m[side][e] = CB[j][side][e] * row[e / 2] * (e % 2 ? weight.y : weight.x);
+      }
+    }
+  }
+  // The block on the diagonal: selected before multiplied, since 2^(s_i - s_j) overflows for j > i.
+  MAMBA2_DEVICE void mask_diagonal(float (&m)[2][4], const float (&s_i)[2], int j) {
+    MAMBA2_UNROLL for (int e = 0; e < 8; ++e) {
+      const int row = tile::fragment_row() + e % 4 / 2 * 8;
+      const int col = tile::fragment_col() + e / 4 * 8 + e % 2;
+      const float weight =
+          ptx::ex2(s_i[e % 4 / 2] - shared.a[16 * j + col]) * shared.delta[16 * j + col];
+      m[e / 4][e % 4] = col <= row ? CB[j][e / 4][e % 4] * weight : 0.f;
+    }
+  }
+  MAMBA2_DEVICE void multiply_chunk() {
+    const int row = 16 * row_block + tile::fragment_row();
+    const float s_i[2] = {shared.a[row], shared.a[row + 8]};
+    const float decay[2] = {ptx::ex2(s_i[0]), ptx::ex2(s_i[1])};
+    MAMBA2_UNROLL for (auto& block : y) {
+      MAMBA2_UNROLL for (int e = 0; e < 8; ++e) block[e / 4][e % 4] *= decay[e % 4 / 2];
+    }
+    MAMBA2_UNROLL for (int j = 0; j < q / 16; ++j) {
+      if (j > row_block) break;
+      float m[2][4];
+      if (j < row_block) {
+        mask_before(m, s_i, j);
+      } else {
+        mask_diagonal(m, s_i, j);
+      }
+      uint32_t a[4], b[4];
+      tile::pack_a<T>(a, m[0], m[1]);
+      MAMBA2_UNROLL for (int i = 0; i < kTileP / 16; ++i) {
+        tile::load_b_transposed(b, shared.x, 16 * j, 16 * i);
+        tile::mma_16x16<T>(y[i][0], y[i][1], a, b);
+      }
+    }
+  }
+
+  // ---- y += D x, y *= silu(z), store ----
+  MAMBA2_DEVICE void add_skip() {
+    if (params.D.ptr == nullptr) return;
+    MAMBA2_UNROLL for (int i = 0; i < kTileP / 8; ++i) {
+      const int col = 8 * i + tile::fragment_col();
+      const float2 D = *reinterpret_cast<const float2*>(shared.D + col);
+      MAMBA2_UNROLL for (int half = 0; half < 2; ++half) {
+        const int row = 16 * row_block + tile::fragment_row() + 8 * half;
+        const float2 x = unpack2<T>(*reinterpret_cast<const uint32_t*>(shared.x.at(row, col)));
+        float (&r)[4] = y[i / 2][i % 2];
+        r[2 * half] += D.x * x.x, r[2 * half + 1] += D.y * x.y;
+      }
+    }
+  }
+  MAMBA2_DEVICE void store(int item) {
+    const int row = 16 * row_block + tile::unit_row(), p_base = channel(item);
+    const int64_t token = work.token + row;
+    T* g_y = static_cast<T*>(params.y.ptr) + work.row * params.y.b + token * params.y.l +
+             head(item) * params.y.h + p_base;
+    const T* g_z = params.z.ptr == nullptr
+                       ? nullptr
+                       : rows_of(params.z, head(item), p_base) + row * params.z.l;
+    MAMBA2_UNROLL for (int i = 0; i < kTileP / 16; ++i) {
+      const int col = 16 * i + tile::unit_col();
+      const bool mine = row < work.count && p_base + col < params.p;
+      if (g_z != nullptr) {
+        float z[2][4];
+        const uint4 unit = mine ? *reinterpret_cast<const uint4*>(g_z + col) : uint4{0, 0, 0, 0};
+        tile::from_unit<T>(z[0], z[1], unit);
+        MAMBA2_UNROLL for (int e = 0; e < 8; ++e) y[i][e / 4][e % 4] *= gate(z[e / 4][e % 4]);
+      }
+      const uint4 unit = tile::to_unit<T>(y[i][0], y[i][1]);
+      if (mine) *reinterpret_cast<uint4*>(g_y + col) = unit;
+    }
+  }
+};
+
+template <int n>
+MAMBA2_DEVICE void clear(float (&blocks)[n][2][4]) {
+  MAMBA2_UNROLL for (auto& block : blocks) {
+    MAMBA2_UNROLL for (int e = 0; e < 8; ++e) block[e / 4][e % 4] = 0.f;
+  }
+}
+
+// One thread per item.
+template <int kTileP>
+MAMBA2_DEVICE void find_work(const ChunkScanParams& params, Work& work, int i) {
+  const int groups = params.h / params.heads_per_group;
+  const int block = static_cast<int>(blockIdx.x), i_pair = block / params.blocks_per_group;
+  const int i_g = i_pair % groups, i_chunk = i_pair / groups;
+  const int first = block % params.blocks_per_group * params.items_per_block;
+  const int i_h = i_g * params.heads_per_group + (first + i) / params.p_tiles;
+  work.item[i] = {i_h, (first + i) % params.p_tiles * kTileP};
+  if (i > 0) return;
+  const int left = params.items_per_group - first;
+  const Chunk chunk = params.chunking.at(i_chunk);
+  work.i_g = i_g, work.i_chunk = i_chunk;
+  work.items = left < params.items_per_block ? left : params.items_per_block;
+  work.row = chunk.row, work.token = chunk.token;
+  work.count = chunk.i_seq < 0 ? 0 : chunk.count;
+}
+
+template <class Tile>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kTileP > 64 ? 1 : 2)
+    chunk_scan_kernel(MAMBA2_GRID_CONSTANT const ChunkScanParams params) {
+  auto& shared = *static_cast<typename Tile::Shared*>(ptx::dynamic_smem());
+  if (params.chunking.table) ptx::griddepcontrol_wait();
+  if (threadIdx.x < kMaxItems) find_work<Tile::kTileP>(params, shared.work, threadIdx.x);
+  __syncthreads();
+  if (shared.work.count == 0) return;
+
+  const int warp = threadIdx.x / 32;
+  Scan<Tile> scan{params, shared, shared.work,
+                  warp < kWarps / 2 ? warp : kWarps + kWarps / 2 - 1 - warp};
+  // Inputs first: only states, delta and a_cumsum come from the kernels before this one.
+  MAMBA2_UNROLL for (int i = 0; i < kStages; ++i) scan.load_C_and_B(scan.slice_after(0, 0, i), i);
+  scan.load_x(0);
+  ptx::griddepcontrol_wait();
+  MAMBA2_UNROLL for (int i = 0; i < kStages; ++i) {
+    scan.load_S(scan.slice_after(0, 0, i), i);
+    ptx::cp_async_commit_group();
+  }
+  scan.load_steps(0);
+  ptx::cp_async_commit_group();
+
+  // Groups are committed in the order slice, slice, item, so that leaving one in flight always
+  // finds the awaited one landed.
+  clear(scan.CB);
+  MAMBA2_NO_UNROLL for (int item = 0; item < shared.work.items; ++item) {
+    clear(scan.y);
+    MAMBA2_NO_UNROLL for (int i = 0; i < scan.slices(); ++i) {
+      const int stage = (item * scan.slices() + i) % kStages;
+      ptx::cp_async_wait_group<1>();
+      __syncthreads();
+      scan.multiply_slice(stage, item == 0);
+      __syncthreads();
+      const auto next = scan.slice_after(item, i, kStages);
+      scan.load_C_and_B(next, stage);
+      scan.load_S(next, stage);
+      ptx::cp_async_commit_group();
+    }
+    ptx::cp_async_wait_group<1>();
+    __syncthreads();
+    scan.form_weights(item);
+    __syncthreads();
+    scan.multiply_chunk();
+    scan.add_skip();
+    scan.store(item);
+    __syncthreads();
+    scan.load_x(item + 1);
+    scan.load_steps(item + 1);
+    ptx::cp_async_commit_group();
+  }
+}
+
+template <class T, int tile_p>
+int run(ChunkScanParams params, int64_t chunks, int sm_count, void* stream) {
+  using Tile = ScanTile<T, tile_p>;
+  params.p_tiles = ceil_div(params.p, tile_p);
+  params.items_per_group = params.heads_per_group * params.p_tiles;
+  // Share C B^T between as many items as leave four waves of two blocks an SM.
+  const int groups = params.h / params.heads_per_group;
+  const int64_t spare = chunks * groups * params.items_per_group / (8 * sm_count);
+  const int most = static_cast<int>(spare < 1 ? 1 : spare > kMaxItems ? kMaxItems : spare);
+  params.blocks_per_group = ceil_div(params.items_per_group, most);
+  params.items_per_block = ceil_div(params.items_per_group, params.blocks_per_group);
+  LaunchShape at;
+  at.grid = dim3(static_cast<unsigned>(chunks * groups * params.blocks_per_group));
+  at.threads = kThreads;
+  at.smem_bytes = sizeof(typename Tile::Shared);
+  at.programmatic = true;
+  return launch(chunk_scan_kernel<Tile>, at, stream, params);
+}
+
+template <class T>
+int choose_tile_p(const ChunkScanParams& params, int64_t chunks, const Device& device,
+                  void* stream) {
+  switch (head_dim_tile(params.p, device)) {
+    case 32:
+      return run<T, 32>(params, chunks, device.sm_count, stream);
+    case 64:
+      return run<T, 64>(params, chunks, device.sm_count, stream);
+    default:
+      return run<T, 80>(params, chunks, device.sm_count, stream);
+  }
+}
+
+}  // namespace
+
+int chunk_scan(const ForwardParams& forward, const Chunking& chunking, const float* delta,
+               const float* a_cumsum_log2, const void* states, const Device& device, void* stream) {
+  const Inputs& in = forward.in;
+  ChunkScanParams params{};
+  params.x = in.x, params.B = in.B, params.C = in.C, params.z = in.z;
+  params.states = states, params.delta = delta, params.a_cumsum_log2 = a_cumsum_log2;
+  params.D = in.D, params.D_per_channel = in.D_per_channel;
+  params.y = forward.y;
+  params.chunking = chunking;
+  params.h = in.shape.h, params.p = in.shape.p, params.n = in.shape.n;
+  params.heads_per_group = in.shape.heads_per_group();
+  const int64_t chunks = in.shape.chunks(q);
+  return in.dtype == DType::bf16 ? choose_tile_p<bf16>(params, chunks, device, stream)
+                                 : choose_tile_p<f16>(params, chunks, device, stream);
+}
+
+}  // namespace mamba2::ssd::sm80

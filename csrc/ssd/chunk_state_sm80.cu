@@ -1,0 +1,255 @@
+// chunk_state and state_passing in one sweep over the chunks of a sequence:
+//   S_next = 2^s_q S + sum_j x~_j B_j^T,   x~_j = 2^(s_q - s_j) delta_j x_j
+// writes the state ENTERING each chunk, rounded to the dtype for chunk_scan, and the final state in
+// fp32. S stays in fp32 accumulators from the first token to the last, so that no chunk's own state
+// is ever rounded or stored: at b 8, l 4096, h 80, p 64, n 128 the sweep moves 0.67 GB (x read,
+// states written) where separate kernels move 1.3 GB with 16-bit states and 2.3 GB with fp32 ones.
+//
+// grid: (sequence, head, tile of p, tile of n), n fastest, so that the blocks that read the same x
+// run together; a block walks its sequence in steps of 64 tokens. Warps split p (16 rows each); x~
+// is formed in registers, on the A operand. Shared memory at 64 x 128: a ring of 3 steps of x
+// (8 KB) and B (16 KB), and two chunks' weights: 73 KB, three blocks an SM.
+// Bound by HBM where b h is large; by the latency of a step where it is small, which is when
+// narrower n tiles double the blocks.
+// fp16: states, like all operands, must stay below 65504; bf16 has no such limit.
+#include "../core/launch.h"
+#include "../tile/sm80.cuh"
+#include "launch.h"
+
+namespace mamba2::ssd::sm80 {
+namespace {
+
+constexpr int q = kChunkTokens, kStepTokens = 64, kStages = 3;
+constexpr int kStepsPerChunk = q / kStepTokens;
+
+struct ChunkStateParams {
+  Strided x, B;                // (b, l, h, p), (b, l, g, n)   T
+  const float* delta;          // (chunks, h, q)
+  const float* a_cumsum_log2;  // (chunks, h, q)
+  AnyFloat initial_states;     // (nseq, h, p, n), optional
+  void* states;                // (chunks, h, p, n)            T, out
+  float* final_states;         // (nseq, h, p, n)              out, optional
+  Chunking chunking;
+  int h, p, n, heads_per_group;
+};
+
+// A (kTileP, kTileN) tile of the state: each warp has 16 rows and kTileN / kWarpsN columns.
+template <class Element, int tile_p, int tile_n>
+struct StateTile {
+  using T = Element;
+  static constexpr int kTileP = tile_p, kTileN = tile_n;
+  static constexpr int kWarpsP = tile_p / 16, kWarpsN = kWarpsP < 4 ? 4 / kWarpsP : 1;
+  static constexpr int kThreads = 32 * kWarpsP * kWarpsN;
+  static constexpr int kBlocks = kTileN / kWarpsN / 16;  // (16, 16) blocks of a warp
+  static_assert(kThreads >= q, "a thread per token of a chunk forms the weights");
+
+  struct Shared {
+    tile::SharedTile<T, kStepTokens, kTileP> x[kStages];
+    tile::SharedTile<T, kStepTokens, kTileN> B[kStages];
+    float weight[2][q];  // 2^(s_q - s_j) delta_j of this chunk and the next
+    float decay[2];      // 2^s_q
+  };
+};
+
+template <class Tile>
+struct Sweep {
+  using T = typename Tile::T;
+  const ChunkStateParams& params;
+  typename Tile::Shared& shared;
+  int i_seq, i_h, p_base, n_base;
+  Sequence sequence;
+  float acc[Tile::kBlocks][2][4];
+
+  MAMBA2_DEVICE int warp_p() const { return threadIdx.x / 32 % Tile::kWarpsP * 16; }
+  MAMBA2_DEVICE int warp_n() const {
+    return threadIdx.x / 32 / Tile::kWarpsP * (Tile::kTileN / Tile::kWarpsN);
+  }
+  // Offset of the (p, n) matrix of chunk or sequence i, from this tile's corner on.
+  MAMBA2_DEVICE int64_t matrix(int64_t i) const {
+    return ((i * params.h + i_h) * params.p + p_base) * params.n + n_base;
+  }
+
+  MAMBA2_DEVICE void load_step(int step) {
+    const int64_t left = sequence.length - static_cast<int64_t>(step) * kStepTokens;
+    if (left > 0) {
+      const int count = static_cast<int>(left < kStepTokens ? left : kStepTokens);
+      const int64_t token = sequence.token + static_cast<int64_t>(step) * kStepTokens;
+      const int i_g = i_h / params.heads_per_group, stage = step % kStages;
+      const T* g_x = static_cast<const T*>(params.x.ptr) + sequence.row * params.x.b +
+                     token * params.x.l + i_h * params.x.h + p_base;
+      const T* g_B = static_cast<const T*>(params.B.ptr) + sequence.row * params.B.b +
+                     token * params.B.l + i_g * params.B.h + n_base;
+      tile::copy_async<Tile::kThreads>(shared.x[stage], g_x, params.x.l, count, params.p - p_base);
+      tile::copy_async<Tile::kThreads>(shared.B[stage], g_B, params.B.l, count, params.n - n_base);
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  // Token threadIdx.x of a chunk: its weight, and the decay of the whole chunk.
+  struct Weight {
+    float delta = 0.f, s_j = 0.f, s_q = 0.f;
+  };
+  MAMBA2_DEVICE Weight load_weight(int64_t i_chunk) const {
+    const int64_t at = (i_chunk * params.h + i_h) * q, j = threadIdx.x % q;
+    return {params.delta[at + j], params.a_cumsum_log2[at + j], params.a_cumsum_log2[at + q - 1]};
+  }
+  MAMBA2_DEVICE void store_weight(int i_c, const Weight& w) {
+    if (threadIdx.x < q) {
+      shared.weight[i_c % 2][threadIdx.x] = ptx::ex2(w.s_q - w.s_j) * w.delta;
+      shared.decay[i_c % 2] = ptx::ex2(w.s_q);
+    }
+  }
+
+  // f(row, column, two accumulators of columns column, column + 1) for all this lane owns.
+  template <class F>
+  MAMBA2_DEVICE void for_each_pair(F f) {
+    MAMBA2_UNROLL for (int i = 0; i < 2 * Tile::kBlocks; ++i) {
+      MAMBA2_UNROLL for (int half = 0; half < 2; ++half) {
+        const int row = warp_p() + tile::fragment_row() + 8 * half;
+        const int col = warp_n() + 8 * i + tile::fragment_col();
+        if (p_base + row < params.p && n_base + col < params.n) {
+          f(static_cast<int64_t>(row) * params.n + col, acc[i / 2][i % 2][2 * half],
+            acc[i / 2][i % 2][2 * half + 1]);
+        }
+      }
+    }
+  }
+  MAMBA2_DEVICE void load_initial_state() {
+    MAMBA2_UNROLL for (auto& block : acc) {
+      MAMBA2_UNROLL for (int i = 0; i < 8; ++i) block[i / 4][i % 4] = 0.f;
+    }
+    if (params.initial_states.ptr == nullptr) return;
+    const int64_t at = matrix(i_seq);
+    for_each_pair([&](int64_t i, float& left, float& right) {
+      left = load<float>(params.initial_states, at + i);
+      right = load<float>(params.initial_states, at + i + 1);
+    });
+  }
+  MAMBA2_DEVICE void store_final_state() {
+    if (params.final_states == nullptr) return;
+    float* g_final = params.final_states + matrix(i_seq);
+    for_each_pair([&](int64_t i, float& left, float& right) {
+      *reinterpret_cast<float2*>(g_final + i) = float2{left, right};
+    });
+  }
+  MAMBA2_DEVICE void store_entering_state(int64_t i_chunk) {
+    T* g_state = static_cast<T*>(params.states) + matrix(i_chunk);
+    const int row = warp_p() + tile::unit_row();
+    MAMBA2_UNROLL for (int i = 0; i < Tile::kBlocks; ++i) {
+      const int col = warp_n() + 16 * i + tile::unit_col();
+      const uint4 unit = tile::to_unit<T>(acc[i][0], acc[i][1]);
+      if (p_base + row < params.p && n_base + col < params.n) {
+        *reinterpret_cast<uint4*>(g_state + static_cast<int64_t>(row) * params.n + col) = unit;
+      }
+    }
+  }
+
+  MAMBA2_DEVICE void scale(float decay) {
+    MAMBA2_UNROLL for (auto& block : acc) {
+      MAMBA2_UNROLL for (int i = 0; i < 8; ++i) block[i / 4][i % 4] *= decay;
+    }
+  }
+  // S += X~^T B over the tokens of one step.
+  MAMBA2_DEVICE void accumulate(int stage, const float* weight) {
+    MAMBA2_NO_UNROLL for (int t = 0; t < kStepTokens; t += 16) {
+      uint32_t a[4], b[4];
+      tile::load_a_transposed(a, shared.x[stage], t, warp_p());
+      tile::scale_columns<T>(a, weight + t);
+      MAMBA2_UNROLL for (int i = 0; i < Tile::kBlocks; ++i) {
+        tile::load_b_transposed(b, shared.B[stage], t, warp_n() + 16 * i);
+        tile::mma_16x16<T>(acc[i][0], acc[i][1], a, b);
+      }
+    }
+  }
+};
+
+template <class Tile>
+__global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 3)
+    chunk_state_kernel(MAMBA2_GRID_CONSTANT const ChunkStateParams params) {
+  auto& shared = *static_cast<typename Tile::Shared*>(ptx::dynamic_smem());
+  const int n_tiles = ceil_div(params.n, Tile::kTileN), p_tiles = ceil_div(params.p, Tile::kTileP);
+  int work = blockIdx.x;
+  const int i_n = work % n_tiles;
+  const int i_p = (work /= n_tiles) % p_tiles;
+  const int i_h = (work /= p_tiles) % params.h;
+  const int i_seq = work / params.h;
+  ptx::griddepcontrol_launch_dependents();
+  if (params.chunking.table) ptx::griddepcontrol_wait();
+
+  const Sequence sequence = params.chunking.sequence(i_seq);
+  const int chunks = params.chunking.count(i_seq);
+  const int steps = static_cast<int>(ceil_div(sequence.length, kStepTokens));
+  Sweep<Tile> sweep{params, shared, i_seq, i_h, i_p * Tile::kTileP, i_n * Tile::kTileN, sequence};
+  MAMBA2_UNROLL for (int step = 0; step < kStages - 1; ++step) sweep.load_step(step);
+  sweep.load_initial_state();
+  ptx::griddepcontrol_wait();
+  const int64_t first = params.chunking.first(i_seq);
+  if (chunks > 0) sweep.store_weight(0, sweep.load_weight(first));
+
+  for (int i_c = 0; i_c < chunks; ++i_c) {
+    typename Sweep<Tile>::Weight next;
+    if (i_c + 1 < chunks) next = sweep.load_weight(first + i_c + 1);
+    MAMBA2_NO_UNROLL for (int half = 0; half < kStepsPerChunk; ++half) {
+      const int step = i_c * kStepsPerChunk + half;
+      if (step >= steps) break;
+      ptx::cp_async_wait_group<kStages - 2>();
+      __syncthreads();  // the step has landed, and the stage of the step before is free
+      sweep.load_step(step + kStages - 1);
+      if (half == 0) {
+        sweep.store_entering_state(first + i_c);
+        sweep.scale(shared.decay[i_c % 2]);
+      }
+      sweep.accumulate(step % kStages, shared.weight[i_c % 2] + half * kStepTokens);
+    }
+    if (i_c + 1 < chunks) sweep.store_weight(i_c + 1, next);
+  }
+  sweep.store_final_state();
+}
+
+template <class T, int tile_p, int tile_n>
+int run(const ChunkStateParams& params, int64_t nseq, void* stream) {
+  using Tile = StateTile<T, tile_p, tile_n>;
+  LaunchShape at;
+  at.grid = dim3(static_cast<unsigned>(nseq * params.h * ceil_div(params.p, tile_p) *
+                                       ceil_div(params.n, tile_n)));
+  at.threads = Tile::kThreads;
+  at.smem_bytes = sizeof(typename Tile::Shared);
+  at.programmatic = true;
+  return launch(chunk_state_kernel<Tile>, at, stream, params);
+}
+
+template <class T, int tile_p>
+int choose_tile_n(const ChunkStateParams& params, int64_t nseq, int sm_count, void* stream) {
+  // Two blocks an SM hide the latency of a step; below that, halve the tiles.
+  const int64_t blocks = nseq * params.h * ceil_div(params.p, tile_p) * ceil_div(params.n, 128);
+  return params.n > 64 && blocks >= 2 * sm_count ? run<T, tile_p, 128>(params, nseq, stream)
+                                                 : run<T, tile_p, 64>(params, nseq, stream);
+}
+
+template <class T>
+int choose_tile_p(const ChunkStateParams& params, int64_t nseq, const Device& device,
+                  void* stream) {
+  switch (head_dim_tile(params.p, device)) {
+    case 32:
+      return choose_tile_n<T, 32>(params, nseq, device.sm_count, stream);
+    case 64:
+      return choose_tile_n<T, 64>(params, nseq, device.sm_count, stream);
+    default:
+      return choose_tile_n<T, 80>(params, nseq, device.sm_count, stream);
+  }
+}
+
+}  // namespace
+
+int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
+                const float* a_cumsum_log2, void* states, float* final_states, const Device& device,
+                void* stream) {
+  const Shape& shape = in.shape;
+  const ChunkStateParams params{
+      in.x,         in.B,     delta,   a_cumsum_log2, in.initial_states, states,
+      final_states, chunking, shape.h, shape.p,       shape.n,           shape.heads_per_group()};
+  return in.dtype == DType::bf16 ? choose_tile_p<bf16>(params, shape.nseq, device, stream)
+                                 : choose_tile_p<f16>(params, shape.nseq, device, stream);
+}
+
+}  // namespace mamba2::ssd::sm80
