@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(MAMBA2_EMULATE_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -38,7 +38,7 @@ class Stack {
   size_t page_;
 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MAMBA2_EMULATE_UCONTEXT)
 
 // A suspended computation: its stack pointer, with the callee-saved registers on the stack.
 struct Context {

@@ -105,6 +105,18 @@ void unpack_a(float (&a)[16][16], int lane, const uint32_t* r) {
   }
 }
 
+// d (16, n) += a (16, 16) b (16, n)
+__attribute__((optimize("O3"))) inline void multiply_add(float* __restrict__ d,
+                                                         const float* __restrict__ a,
+                                                         const float* __restrict__ b, int n) {
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      const float v = a[row * 16 + k];
+      for (int i = 0; i < n; ++i) d[row * n + i] += v * b[k * n + i];
+    }
+  }
+}
+
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Lane {
@@ -113,24 +125,23 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     uint32_t b[2];
   } mine{d, a, {b0, b1}};
   meet_warp("mma_m16n8k16", &mine, [](void** args) {
-    float a[16][16], b[16][8];
-    for (int i = 0; i < 32; ++i) {
-      const Lane& l = *static_cast<Lane*>(args[i]);
-      unpack_a<T>(a, i, l.a);
+    float a[16][16], b[16][8], d[16][8];
+    const auto row = [](int lane, int i) { return lane / 4 + 8 * (i >> 1); };
+    const auto column = [](int lane, int i) { return lane % 4 * 2 + (i & 1); };
+    for (int lane = 0; lane < 32; ++lane) {
+      const Lane& l = *static_cast<Lane*>(args[lane]);
+      unpack_a<T>(a, lane, l.a);
       for (int j = 0; j < 2; ++j) {
         const float2 v = operand<T>(l.b[j]);
-        b[i % 4 * 2 + 8 * j][i / 4] = v.x;
-        b[i % 4 * 2 + 8 * j + 1][i / 4] = v.y;
+        b[lane % 4 * 2 + 8 * j][lane / 4] = v.x;
+        b[lane % 4 * 2 + 8 * j + 1][lane / 4] = v.y;
       }
+      for (int i = 0; i < 4; ++i) d[row(lane, i)][column(lane, i)] = l.d[i];
     }
-    for (int i = 0; i < 32; ++i) {
-      float* d = static_cast<Lane*>(args[i])->d;
-      for (int j = 0; j < 4; ++j) {
-        const int row = i / 4 + 8 * (j >> 1), column = i % 4 * 2 + (j & 1);
-        float sum = d[j];
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-        d[j] = sum;
-      }
+    multiply_add(d[0], a[0], b[0], 8);
+    for (int lane = 0; lane < 32; ++lane) {
+      float* to = static_cast<Lane*>(args[lane])->d;
+      for (int i = 0; i < 4; ++i) to[i] = d[row(lane, i)][column(lane, i)];
     }
   });
 }

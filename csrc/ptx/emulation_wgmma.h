@@ -72,34 +72,23 @@ void for_each_accumulator(int lane, int n, F&& at) {
   }
 }
 
-__attribute__((optimize("O3"))) inline void multiply_add(float* __restrict__ d,
-                                                         const float* __restrict__ a,
-                                                         const float* __restrict__ b, int n) {
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      const float v = a[k * 16 + row];
-      for (int i = 0; i < n; ++i) d[row * n + i] += v * b[k * n + i];
-    }
-  }
-}
-
 template <class T>
 void execute(const Warp& w, PendingProduct& p) {
   const Product& q = p.product;
-  static float a[16 * 16], b[16 * 256];  // [k][row], [k][column]
+  float a[16][16], b[16 * 256];  // [row][k], [k][column]
   if (q.a_in_registers) {
-    float rows[16][16];
-    for (int lane = 0; lane < 32; ++lane) unpack_a<T>(rows, lane, p.a[lane]);
-    for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 16; ++row) a[k * 16 + row] = rows[row][k];
-    }
+    for (int lane = 0; lane < 32; ++lane) unpack_a<T>(a, lane, p.a[lane]);
   } else {
-    read_tile<T>(*w.block, q.a, q.transpose_a, w.index % 4 * 16, 16, a, 16);
+    float by_k[16][16];
+    read_tile<T>(*w.block, q.a, q.transpose_a, w.index % 4 * 16, 16, by_k[0], 16);
+    for (int k = 0; k < 16; ++k) {
+      for (int row = 0; row < 16; ++row) a[row][k] = by_k[k][row];
+    }
   }
   read_tile<T>(*w.block, q.b, q.transpose_b, 0, q.n, b, q.n);
   std::vector<float>& d = p.tile->value;
   if (!q.accumulate) std::fill(d.begin(), d.end(), 0.0f);
-  multiply_add(d.data(), a, b, q.n);
+  multiply_add(d.data(), a[0], b, q.n);
   p.executed = true;
 }
 // In order, up to product number `end`, as far as all lanes have issued.

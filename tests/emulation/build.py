@@ -47,6 +47,7 @@ def flags(defines=()):
         "-fvisibility=hidden",
         "-fno-gnu-unique",  # two builds of the same inline variables live in one process
         "-Wall",
+        "-Wno-psabi",
         "-Wno-class-memaccess",  # the toolkit's 16-bit types are copied as bytes
         "-DMAMBA2_EMULATE",
         *[f"-D{d}" for d in defines],
