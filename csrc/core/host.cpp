@@ -59,8 +59,9 @@ bool readable_in_place(const Tensor& t) {
   return aligned(t);
 }
 
-Tensor readable(const Tensor& t) { return readable_in_place(t) ? t : copy_of(t); }
-
 Tensor compact(const Tensor& t) { return t.is_contiguous() && aligned(t) ? t : copy_of(t); }
+
+// A contiguous tensor of odd sizes is not copied: its copy would lie no better.
+Tensor readable(const Tensor& t) { return readable_in_place(t) ? t : compact(t); }
 
 }  // namespace mamba2
