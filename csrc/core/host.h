@@ -76,7 +76,7 @@ inline Tensor absent(DType dtype, const Tensor& like) { return allocate(Sizes{0}
 // Whether kernels read `t` where it lies: last stride 1; address and other strides multiples of 16
 // bytes. Dimensions of one element have no stride worth asking about.
 bool readable_in_place(const Tensor& t);
-// `t` itself, or a contiguous copy of it when it cannot be read in place.
+// `t` itself where it can be read in place or is contiguous already, else a contiguous copy.
 Tensor readable(const Tensor& t);
 // `t` itself where it is contiguous and its address a multiple of 16 bytes, else such a copy.
 Tensor compact(const Tensor& t);
