@@ -72,8 +72,10 @@ def run_ops(ops, plan):
     return run
 
 
-def check(run, case, device, what=""):
+def check(run, case, device, what="", **changed):
     inputs, grads = segment_inputs(case, device)
+    for name, value in changed.items():
+        inputs[name].fill_(value)
     double = {k: to_double(v) for k, v in inputs.items()}
     expected = under_autograd(reference.ssd_segment_state, double, [to_double(d) for d in grads])
     wide = {k: to_dtype(v, case.working) for k, v in inputs.items()}
@@ -102,6 +104,14 @@ def test_public(name, device):
         return under_autograd(mamba2_cuda.ssd_segment_state, inputs, grads)
 
     check(run, CASES[name], device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_steep_decay(dtype, device, ops):
+    """log_decay and its gradient are exact also where a token's decay is 0 in fp32."""
+    case = replace(BIASED, dtype=dtype, dt_dtype=torch.float32, p=32, n=32)
+    for plan in plans(device, dtype):
+        check(run_ops(ops, plan), case, device, f"plan={plan}", A=-1e4)
 
 
 def test_gradcheck(device):

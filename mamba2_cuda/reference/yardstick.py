@@ -50,50 +50,55 @@ def yardstick(
     delta, slope = step_size_and_slope(v["dt"], v["dt_bias"], **options)
     a = log_decay(delta, v["A"], given.get("seq_idx"))
 
-    sequences = len(bounds) if packed else b
-    states = v["initial_states"]
-    if states is None:
-        states = v["x"].new_zeros(sequences, h, p, v["B"].size(3))
-    d_states = to_working(d_final_states, working)
-    d_states = torch.zeros_like(states) if d_states is None else d_states
-    d_log = to_working(d_log_decay, working)
-    d_log = states.new_zeros(sequences, h) if d_log is None else d_log
+    none = v["x"].new_zeros(len(bounds) if packed else b, h, p, v["B"].size(3))
+    incoming = (v["initial_states"], to_working(d_final_states, working))
+    states, d_states = (none if u is None else u for u in incoming)
+    d_log = none[..., 0, 0] if d_log_decay is None else to_working(d_log_decay, working)
+    tokens = {k: v[k] for k in ("x", "B", "C", "z")}
+    tokens |= {"delta": delta, "a": a, "dy": to_working(dy, working)}
+    ends = (states, d_states, d_log)
+    d = every_sequence(tokens, v["D"], ends, bounds if packed else None, Rounding(operand), chunk)
 
-    rounding = Rounding(operand)
-    tokens = {"x": v["x"], "delta": delta, "a": a, "B": v["B"], "C": v["C"], "z": v["z"]}
-    tokens["dy"] = to_working(dy, working)
-    per_token = {k: torch.zeros_like(tokens[k]) for k in ("x", "delta", "a", "B", "C")}
-    per_token["y"] = torch.zeros_like(v["x"])
-    per_token["z"] = torch.zeros_like(v["x"])
-    dD = v["x"].new_zeros(h, p)
-    final_states, d_initial_states = states.clone(), d_states.clone()
-    for i, (begin, end) in enumerate(bounds):
-        if begin == end:
-            continue
-        rows = slice(i, i + 1) if packed else slice(None)
-        t = {k: None if u is None else u[:, begin:end] for k, u in tokens.items()}
-        s = sequence(t, v["D"], states[rows], d_states[rows], d_log[rows], rounding, chunk)
-        for k, u in s.per_token.items():
-            per_token[k][:, begin:end] = u
-        final_states[rows], d_initial_states[rows] = s.final, s.d_initial
-        dD += s.dD
-
-    d_delta = per_token["delta"] + v["A"] * per_token["a"]
-    d_dt = d_delta * slope
+    d_dt = (d.per_token["delta"] + v["A"] * d.per_token["a"]) * slope
     out = {
-        "y": per_token["y"],
-        "final_states": final_states,
-        "dx": per_token["x"],
+        "y": d.per_token["y"],
+        "final_states": d.final,
+        "dx": d.per_token["x"],
         "d_dt": d_dt,
-        "dA": reduce(delta * per_token["a"], "b l h -> h", "sum"),
-        "dB": per_token["B"],
-        "dC": per_token["C"],
-        "dD": dD if v["D"] is None or v["D"].dim() == 2 else dD.sum(-1),
-        "dz": per_token["z"],
+        "dA": reduce(delta * d.per_token["a"], "b l h -> h", "sum"),
+        "dB": d.per_token["B"],
+        "dC": d.per_token["C"],
+        "dD": d.D if v["D"] is None or v["D"].dim() == 2 else d.D.sum(-1),
+        "dz": d.per_token["z"],
         "d_dt_bias": reduce(d_dt, "b l h -> h", "sum"),
-        "d_initial_states": d_initial_states,
+        "d_initial_states": d.initial,
     }
     return rounded_results(out, given)
+
+
+def every_sequence(tokens, D, ends, bounds, rounding, chunk):
+    """`sequence` for all rows at once, or, with bounds, for each packed sequence by itself.
+
+    ends: states entering, gradients of the states leaving (nseq, h, p, n), and of sum_t a_t
+    (nseq, h). Returns per_token (y, and gradients by argument), final, initial and D, the gradients
+    of the states entering and of D per channel. A token outside all sequences has 0 everywhere.
+    """
+    per_token = {k: torch.zeros_like(tokens[k]) for k in ("x", "delta", "a", "B", "C")}
+    per_token |= {k: torch.zeros_like(tokens["x"]) for k in ("y", "z")}
+    final, initial = ends[0].clone(), ends[1].clone()
+    dD = torch.zeros_like(tokens["x"]).sum((0, 1))
+    whole_rows = [(0, tokens["x"].size(1))]
+    for i, (begin, end) in enumerate(whole_rows if bounds is None else bounds):
+        if begin == end:
+            continue
+        rows = slice(None) if bounds is None else slice(i, i + 1)
+        t = {k: None if u is None else u[:, begin:end] for k, u in tokens.items()}
+        s = sequence(t, D, *(u[rows] for u in ends), rounding, chunk)
+        for k, u in s.per_token.items():
+            per_token[k][:, begin:end] = u
+        final[rows], initial[rows] = s.final, s.initial
+        dD += s.D
+    return SimpleNamespace(per_token=per_token, final=final, initial=initial, D=dD)
 
 
 def to_working(value, working):
@@ -163,7 +168,7 @@ def sequence(t, D, state, d_state, d_log_decay, rounding, chunk):
         sigmoid = t["z"].sigmoid()
         out["z"] = t["dy"] * y * sigmoid * (1 + t["z"] * (1 - sigmoid))
     dD = reduce(dy * t["x"], "b l h p -> h p", "sum")
-    return SimpleNamespace(per_token=out, final=s.final, d_initial=d.initial, dD=dD)
+    return SimpleNamespace(per_token=out, final=s.final, initial=d.initial, D=dD)
 
 
 def forward(x, delta, a, B, C, state, rounding):
