@@ -4,6 +4,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -43,6 +45,16 @@ void store(DType dtype, void* to, int64_t i, T value) {
   });
 }
 
+// Consecutive elements of one type as another.
+template <class To, class From>
+void convert_row(const From* from, int columns, To* to) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, static_cast<std::size_t>(columns) * sizeof(To));
+  } else {
+    for (int k = 0; k < columns; ++k) to[k] = static_cast<To>(from[k]);
+  }
+}
+
 // `rows` rows of `columns` consecutive elements; rows lie from_stride / to_stride elements apart.
 template <class T>
 void load_rows(DType dtype, const void* from, int64_t from_stride, int rows, int columns, T* to,
@@ -50,9 +62,7 @@ void load_rows(DType dtype, const void* from, int64_t from_stride, int rows, int
   with_element_type(dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     for (int i = 0; i < rows; ++i) {
-      const Element* source = static_cast<const Element*>(from) + i * from_stride;
-      T* target = to + i * to_stride;
-      for (int k = 0; k < columns; ++k) target[k] = static_cast<T>(source[k]);
+      convert_row(static_cast<const Element*>(from) + i * from_stride, columns, to + i * to_stride);
     }
   });
 }
@@ -62,9 +72,7 @@ void store_rows(DType dtype, void* to, int64_t to_stride, int rows, int columns,
   with_element_type(dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     for (int i = 0; i < rows; ++i) {
-      const T* source = from + i * from_stride;
-      Element* target = static_cast<Element*>(to) + i * to_stride;
-      for (int k = 0; k < columns; ++k) target[k] = static_cast<Element>(source[k]);
+      convert_row(from + i * from_stride, columns, static_cast<Element*>(to) + i * to_stride);
     }
   });
 }

@@ -10,7 +10,8 @@ namespace mamba2::ssd::cpu {
 
 // S: state entering the chunk; G: gradient of the state leaving it. W, P, V are weights between
 // tokens j <= i, kept with row j and column i, and 0 elsewhere:
-//   W = L_ij (C_i . B_j)    P = L_ij (dy_i . x_j)    V = W (dy_i . x_j)    L_ij = 2^(s_i - s_j)
+//   W = L_ij (C_i . B_j)    P = L_ij (dy_i . x_j)    V = W (dy_i . x_j)
+// L, entering, leaving, total: decays (chunk_cpu.h).
 template <class T>
 struct BackwardTiles {
   int p, n;
@@ -66,7 +67,8 @@ void score_weights(BackwardTiles<T>& t) {
   }
 }
 
-// y = 2^s_i S C_i + sum_j W_ij delta_j x_j + D x_i, then dz = dy y silu'(z) and dy = dy silu(z).
+// y = entering_i S C_i + sum_j W_ij delta_j x_j + D x_i, then dz = dy y silu'(z) and dy = dy
+// silu(z).
 template <class T>
 void gate_backward(const Inputs& in, const Head<T>& head, BackwardTiles<T>& t) {
   const int count = t.decays.count;
@@ -102,7 +104,7 @@ void gradient_weights(BackwardTiles<T>& t) {
   }
 }
 
-// dx_j = delta_j (2^(s_q - s_j) G B_j + sum_i W_ij dy_i) + D dy_j
+// dx_j = delta_j (leaving_j G B_j + sum_i W_ij dy_i) + D dy_j
 template <class T>
 void gradient_x(const Inputs& in, const Head<T>& head, BackwardTiles<T>& t, HeadSums& sums) {
   const int count = t.decays.count;
@@ -123,7 +125,7 @@ void gradient_x(const Inputs& in, const Head<T>& head, BackwardTiles<T>& t, Head
   }
 }
 
-// dB_j = delta_j (2^(s_q - s_j) G^T x_j + sum_i P_ij C_i), this head's part
+// dB_j = delta_j (leaving_j G^T x_j + sum_i P_ij C_i), this head's part
 template <class T>
 void gradient_B(const Inputs& in, BackwardTiles<T>& t) {
   const int count = t.decays.count;
@@ -133,7 +135,7 @@ void gradient_B(const Inputs& in, BackwardTiles<T>& t) {
   scale_rows(t.dB, count, t.n, t.dB, [&](int j) { return t.decays.delta[j]; });
 }
 
-// dC_i = 2^s_i S^T dy_i + sum_j P_ij delta_j B_j, this head's part
+// dC_i = entering_i S^T dy_i + sum_j P_ij delta_j B_j, this head's part
 template <class T>
 void gradient_C(BackwardTiles<T>& t) {
   const int count = t.decays.count;
@@ -151,6 +153,7 @@ T state_term(const BackwardTiles<T>& t) {
   for (int i = 0; i < t.p; ++i) sum += dot(t.G.row(i), t.S.row(i), t.n);
   return t.decays.total * sum;
 }
+
 // d(delta_t A) = sum_{j < t <= i} V_ij delta_j + sum_{i >= t} E_i + sum_{j < t} F_j + K:
 // everything whose decay runs through token t. The first sum is formed term by term: as a
 // difference of row and column sums it would cancel.
@@ -180,7 +183,7 @@ void gradient_dt(const Head<T>& head, BackwardTiles<T>& t, T d_log_decay, HeadSu
   }
 }
 
-// G = 2^s_q G + sum_i 2^s_i dy_i C_i^T
+// G = total G + sum_i entering_i dy_i C_i^T
 template <class T>
 void gradient_state(const Inputs& in, BackwardTiles<T>& t) {
   const int count = t.decays.count;

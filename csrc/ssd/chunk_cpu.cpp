@@ -1,6 +1,7 @@
 #include "chunk_cpu.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace mamba2::ssd::cpu {
 

@@ -6,8 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <memory>
+#include <cstdint>
 #include <vector>
 
 #include "../core/convert_cpu.h"

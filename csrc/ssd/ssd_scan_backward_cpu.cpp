@@ -5,6 +5,8 @@
 // up in memory of the slice's own; slices are summed at the end, in order. The slices come from the
 // number of heads alone, so a result depends neither on the threads nor on the batch.
 // Memory beyond the outputs: dB and dC in fp32 once a slice, states (l / q, p, n) once a thread.
+#include <memory>
+
 #include "../core/parallel_cpu.h"
 #include "chunk_backward_cpu.h"
 #include "ssd_scan_cpu.h"

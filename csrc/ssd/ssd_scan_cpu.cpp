@@ -33,7 +33,7 @@ BackwardResult ssd_scan_backward_out(Tensor dy, OptionalTensor d_final_states, T
       x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
       cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
   const GradientArguments gradients{dy, d_final_states, {}, chunk_states, dx, d_dt, dB, dC, dz};
-  BackwardCall call = prepare_backward("ssd_scan backward", arguments, gradients);
+  BackwardCall call = prepare_backward("ssd_scan_backward", arguments, gradients);
   cpu::backward(call.params);
   call.finish();
   return result_of(call);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssd_segment_state_backward(
   const ScanArguments arguments{x,       dt, A,  B,  {},          {},     {},
                                 dt_bias, {}, {}, {}, dt_softplus, dt_min, dt_max};
   const GradientArguments gradients{{}, d_state, d_log_decay, {}, {}, {}, {}, {}, {}};
-  BackwardCall call = prepare_backward("ssd_segment_state backward", arguments, gradients);
+  BackwardCall call = prepare_backward("ssd_segment_state_backward", arguments, gradients);
   cpu::backward(call.params);
   call.finish();
   return {call.dx, call.d_dt, call.dA, call.dB, call.d_dt_bias};

@@ -217,7 +217,7 @@ BackwardResult scan_backward_out(Tensor dy, OptionalTensor d_final_states, Tenso
       cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
   const GradientArguments gradients{
       dy, d_final_states, std::nullopt, chunk_states, dx, d_dt, dB, dC, dz};
-  return run_backward("ssd_scan backward", arguments, gradients, static_cast<int>(plan));
+  return run_backward("ssd_scan_backward", arguments, gradients, static_cast<int>(plan));
 }
 
 BackwardResult scan_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor dt,
@@ -247,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> segment_state_backward(
   gradients.d_final_states = d_state;
   gradients.d_log_decay = d_log_decay;
   const BackwardResult all =
-      run_backward("ssd_segment_state backward", arguments, gradients, static_cast<int>(plan));
+      run_backward("ssd_segment_state_backward", arguments, gradients, static_cast<int>(plan));
   return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<3>(all), std::get<7>(all)};
 }
 
