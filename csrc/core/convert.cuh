@@ -131,10 +131,12 @@ MAMBA2_DEVICE uint32_t pack2<f16>(float lo, float hi) {
 template <class T>
 MAMBA2_DEVICE float2 unpack2(uint32_t r);
 template <>
-MAMBA2_DEVICE float2 unpack2<bf16>(uint32_t r) {
-  __nv_bfloat162 v;
-  __builtin_memcpy(&v, &r, 4);
-  return __bfloat1622float2(v);
+MAMBA2_DEVICE float2 unpack2<bf16>(uint32_t r) {  // a bf16 is the upper half of its fp32
+  const uint32_t lo = r << 16, hi = r & 0xffff0000u;
+  float2 v;
+  __builtin_memcpy(&v.x, &lo, 4);
+  __builtin_memcpy(&v.y, &hi, 4);
+  return v;
 }
 template <>
 MAMBA2_DEVICE float2 unpack2<f16>(uint32_t r) {

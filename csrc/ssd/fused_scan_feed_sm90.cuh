@@ -48,15 +48,17 @@ struct Loader {
         const Chunk c = args.chunking.at(i);
         if (c.i_seq < 0) break;
         const bool ends = i + 1 == task.end || args.chunking.at(i + 1).i_seq < 0;
+        const int flags = (i == task.begin ? kBeginsTask : 0) | (ends ? kEndsTask : 0) |
+                          (c.i_c == 0 ? kBeginsSequence : 0) | (c.is_last ? kEndsSequence : 0);
         s.ring.wait_empty(at);
-        s.info[at.stage] = {c, task.pair, task.slot, task.segment, i == task.begin, ends, false};
+        s.info[at.stage] = {flags, c.row, c.token, c.count, c.i_seq, task.pair, task.slot, task.segment};
         load(units, c, i);
         at.advance();
       }
       ticket = next;
     }
     s.ring.wait_empty(at);
-    s.info[at.stage].exit = true;
+    s.info[at.stage].flags = kExit;
     s.ring.fill(at);
   }
 };
@@ -88,29 +90,35 @@ struct Scorer {
     weights.row_decay[half][t] = ptx::ex2(a);
     weights.input_weight[half][t] = ptx::ex2(a_q - a) * stage.delta[half][t];
   }
-  // C B^T o L o delta, rounded, to shared memory [i][j]; blocks above the diagonal stay zero.
+  // One block of 16 columns j of C B^T o L o delta, rounded, to shared memory [i][j].
+  template <bool kDiagonal>
+  MAMBA2_DEVICE void weigh_block(const float* scores, const float (&a_i)[2], const float* a,
+                                 const float* delta, T* out, int t) const {
+    uint32_t r[4];
+    MAMBA2_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      const int j = me.column(2 * t + u);
+      const float2 a_j = *reinterpret_cast<const float2*>(a + j);
+      const float2 d_j = *reinterpret_cast<const float2*>(delta + j);
+      MAMBA2_UNROLL
+      for (int v = 0; v < 2; ++v) {
+        const int i = me.row(v), e = 4 * u + 2 * v;
+        const float lo = scores[e] * ptx::ex2(a_i[v] - a_j.x) * d_j.x;
+        const float hi = scores[e + 1] * ptx::ex2(a_i[v] - a_j.y) * d_j.y;
+        r[2 * u + v] = kDiagonal ? pack2<T>(i >= j ? lo : 0.f, i >= j + 1 ? hi : 0.f)
+                                 : pack2<T>(lo, hi);
+      }
+    }
+    tile::store_fragment(out, r, t, me);
+  }
+  // The blocks of a warp's 16 rows up to the diagonal; those above it stay zero.
   MAMBA2_DEVICE void weigh(const float (&scores)[kQ / 2], const float* a, const float* delta,
                            T* out) const {
     const float a_i[2] = {a[me.row(0)], a[me.row(1)]};
     MAMBA2_UNROLL
     for (int t = 0; t < kQ / 16; ++t) {
-      if (t > me.warp) break;
-      uint32_t r[4];
-      MAMBA2_UNROLL
-      for (int u = 0; u < 2; ++u) {
-        const int j = me.column(2 * t + u);
-        const float2 a_j = *reinterpret_cast<const float2*>(a + j);
-        const float2 d_j = *reinterpret_cast<const float2*>(delta + j);
-        MAMBA2_UNROLL
-        for (int v = 0; v < 2; ++v) {
-          const int i = me.row(v), e = 8 * t + 4 * u + 2 * v;
-          const float lo = scores[e] * ptx::ex2(a_i[v] - a_j.x) * d_j.x;
-          const float hi = scores[e + 1] * ptx::ex2(a_i[v] - a_j.y) * d_j.y;
-          const bool below = t < me.warp;  // the block of 16 lies below the diagonal
-          r[2 * u + v] = pack2<T>(below || i >= j ? lo : 0.f, below || i >= j + 1 ? hi : 0.f);
-        }
-      }
-      tile::store_fragment(out, r, t, me);
+      if (t < me.warp) weigh_block<false>(scores + 8 * t, a_i, a, delta, out, t);
+      if (t == me.warp) weigh_block<true>(scores + 8 * t, a_i, a, delta, out, t);
     }
   }
 
@@ -120,9 +128,9 @@ struct Scorer {
     for (;; at.advance(), to.advance()) {
       s.ring.wait_full(at);
       const StageInfo& info = s.info[at.stage];
-      if (info.exit) return;
-      auto& stage = s.stage[at.stage];
-      if (args.chunking.table && info.chunk.count < kQ) clear_tail(stage, info.chunk.count);
+      if (info.flags & kExit) return;
+      auto& stage = s.stage[tile::uniform(at.stage)];
+      if (args.chunking.table && info.count < kQ) clear_tail(stage, info.count);
       float scores[kQ / 2];
       if constexpr (!kStateOnly) {
         ptx::wgmma_fence();
@@ -131,7 +139,7 @@ struct Scorer {
         ptx::wgmma_commit_group();
       }
       s.weights_ring.wait_empty(to);
-      auto& weights = s.weights[to.stage];
+      auto& weights = s.weights[tile::uniform(to.stage)];
       decay_factors(stage, weights);
       if constexpr (!kStateOnly) {
         ptx::wgmma_wait_group<0>();

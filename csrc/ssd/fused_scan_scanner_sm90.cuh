@@ -87,29 +87,28 @@ struct Scanner {
                                                             : int64_t(unit.head));
     }
   }
-  MAMBA2_DEVICE void enter_chunk(State& S, const StageInfo& info, float& through_log2) {
-    if (info.begins_task) begin_task(info), through_log2 = 0.f;
-    if (info.chunk.i_c == 0) {
-      start_sequence(S, info.chunk.i_seq);
+  MAMBA2_DEVICE void enter_run(State& S, const StageInfo& info, float& through_log2) {
+    if (info.flags & kBeginsTask) begin_task(info), through_log2 = 0.f;
+    if (info.flags & kBeginsSequence) {
+      start_sequence(S, info.i_seq);
       through_log2 = -1e30f;
-    } else if (info.begins_task) {
+    } else {
       load_carry(S, info);
     }
   }
-  MAMBA2_DEVICE void leave_chunk(const State& S, const StageInfo& info, float through_log2) const {
+  MAMBA2_DEVICE void leave_run(const State& S, const StageInfo& info, float through_log2) const {
     if (!unit.active) return;
     if constexpr (kStateOnly) {
       if (args.final_states) {  // ssd_segment_state: the only pass
-        if (info.chunk.is_last) finish_sequence(S, info.chunk.i_seq);
-        return;
+        if (info.flags & kEndsSequence) finish_sequence(S, info.i_seq);
+      } else if (info.flags & kEndsTask) {
+        store_carry(S, info);
+        if (thread == 0)
+          args.through_log2[int64_t(info.slot) * args.units + unit.index] = through_log2;
       }
-      if (!info.ends_task) return;
-      store_carry(S, info);
-      if (thread == 0)
-        args.through_log2[int64_t(info.slot) * args.units + unit.index] = through_log2;
-    } else if (info.chunk.is_last) {
-      if (args.final_states) finish_sequence(S, info.chunk.i_seq);
-    } else if (info.ends_task && args.schedule == Schedule::tickets) {
+    } else if (info.flags & kEndsSequence) {
+      if (args.final_states) finish_sequence(S, info.i_seq);
+    } else if (args.schedule == Schedule::tickets) {
       store_carry(S, info);
     }
   }
@@ -146,22 +145,22 @@ struct Scanner {
     }
   }
   // y of the chunk to global memory: one bulk store, or row by row where a neighbour follows.
-  MAMBA2_DEVICE void store_y(const Output& Y, const Chunk& c, int buffer) const {
+  MAMBA2_DEVICE void store_y(const Output& Y, int row, int token, int count, int buffer) const {
     T* tile = s.y[buffer][half];
     tile::store_transposed<T, kQ>(tile, Y, me);
     if (thread == 0) ptx::bulk_wait_group_read<0>();  // the other buffer is free after sync
     ptx::fence_proxy_async_shared();
     sync();
-    if (!args.chunking.table || c.count == kQ) {
+    if (!args.chunking.table || count == kQ) {
       if (thread == 0 && unit.active) {
-        ptx::tma_store_4d(&args.y, unit.p_block * kP, unit.head, c.token, c.row, tile);
+        ptx::tma_store_4d(&args.y, unit.p_block * kP, unit.head, token, row, tile);
         ptx::bulk_commit_group();
       }
       return;
     }
-    T* y = static_cast<T*>(args.y_out.ptr) + c.token * args.y_out.l + unit.head * args.y_out.h +
+    T* y = static_cast<T*>(args.y_out.ptr) + token * args.y_out.l + unit.head * args.y_out.h +
            unit.p_block * kP;
-    for (int i = thread; i < (unit.active ? c.count * 8 : 0); i += tile::kWarpgroup)
+    for (int i = thread; i < (unit.active ? count * 8 : 0); i += tile::kWarpgroup)
       *reinterpret_cast<uint4*>(y + i / 8 * args.y_out.l + i % 8 * 8) =
           *static_cast<const uint4*>(tile::panel_address(tile, i / 8, i % 8 * 8));
     sync();  // the buffer is read by ordinary loads here, which no bulk group tracks
@@ -178,7 +177,7 @@ struct Scanner {
       ptx::wgmma_commit_group();
     }
     s.weights_ring.wait_full(from);
-    const auto& weights = s.weights[from.stage];
+    const auto& weights = s.weights[tile::uniform(from.stage)];
     Tokens x_weighted;
     tile::load_transposed<kQ / 16>(x, stage.x[half], me);
     weigh_inputs(x_weighted, x, weights.input_weight[half]);
@@ -211,22 +210,23 @@ struct Scanner {
     tile::RingPosition<kBuffers> from;
     for (;; at.advance(), from.advance()) {
       s.ring.wait_full(at);
-      if (s.info[at.stage].exit) break;
-      auto& stage = s.stage[at.stage];
-      enter_chunk(S, s.info[at.stage], through_log2);
+      const int4 info = *reinterpret_cast<const int4*>(&s.info[at.stage]);
+      const int flags = tile::uniform(info.x);
+      if (flags & kExit) break;
+      if (flags & (kBeginsTask | kBeginsSequence)) enter_run(S, s.info[at.stage], through_log2);
+      auto& stage = s.stage[tile::uniform(at.stage)];
       if constexpr (kStateOnly) through_log2 += stage.a_log2[half][kQ - 1];
       Output Y;
       Tokens x, z;
       products(S, Y, x, stage, from);
       if constexpr (kGate && !kStateOnly) tile::load_transposed<kQ / 16>(z, stage.z[half], me);
-      const StageInfo info = s.info[at.stage];  // only now: registers are scarce before
       s.weights_ring.release(from);
+      if (flags & (kEndsTask | kEndsSequence)) leave_run(S, s.info[at.stage], through_log2);
       s.ring.release(at);
       if constexpr (!kStateOnly) {
         skip_and_gate(Y, x, z);
-        store_y(Y, info.chunk, from.stage);
+        store_y(Y, info.y, info.z, info.w, from.stage);
       }
-      leave_chunk(S, info, through_log2);
     }
     if (!kStateOnly && thread == 0) ptx::bulk_wait_group<0>();
   }

@@ -96,10 +96,16 @@ MAMBA2_DEVICE Task task_of(const FusedScanArgs& args, int ticket) {
 }
 
 // What a stage holds, written by the loader beside the tiles.
-struct StageInfo {
-  Chunk chunk;
-  int pair, slot, segment;
-  bool begins_task, ends_task, exit;
+enum StageFlag : int {
+  kExit = 1,
+  kBeginsTask = 2,
+  kEndsTask = 4,
+  kBeginsSequence = 8,
+  kEndsSequence = 16
+};
+struct alignas(16) StageInfo {
+  int flags, row, token, count;  // first: what every chunk wants, in one load
+  int i_seq, pair, slot, segment;
 };
 
 template <class T, int kN, bool kGate>

@@ -33,10 +33,13 @@ MAMBA2_DEVICE const void* panel_address(const void* panel, int row, int column) 
   return panel_address(const_cast<void*>(panel), row, column);
 }
 
+// A value that all threads of a warp have, said so that the compiler knows: it then lives in uniform
+// registers, and branches on it do not diverge.
+MAMBA2_DEVICE int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
+
 struct Lane {
-  int warp, lane;  // warp within its warpgroup; the shuffle tells the compiler that it is uniform
-  MAMBA2_DEVICE explicit Lane(int thread)
-      : warp(__shfl_sync(0xffffffff, (thread / 32) % 4, 0)), lane(thread % 32) {}
+  int warp, lane;  // warp within its warpgroup
+  MAMBA2_DEVICE explicit Lane(int thread) : warp(uniform((thread / 32) % 4)), lane(thread % 32) {}
   MAMBA2_DEVICE int row(int half) const { return 16 * warp + lane / 4 + 8 * half; }
   MAMBA2_DEVICE int column(int block8) const { return 8 * block8 + 2 * (lane % 4); }
 };
