@@ -1,6 +1,6 @@
-"""The sm_90a forward's own source on the emulated card, against the reference: both schedules, every
-tile shape, ragged tails, packed sequences, gates and states. The backward of these cases is another
-tier's, whose tests stand in their own file."""
+"""The sm_90a forward on the emulated card, against the reference: both schedules, every tile shape,
+ragged tails, packed sequences, gates and states. The backward of these cases is another tier's,
+whose tests stand in their own file."""
 
 import dataclasses
 
