@@ -69,7 +69,7 @@ def ssd_scan(
 def autocast(x, *others):
     """x and its kin in the dtype that autocast wants; fp64 stays, as in torch's own operators."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None else t.to(dtype) for t in (x, *others))
