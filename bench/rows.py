@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-IDENTITY = ("op", "shape", "dtype", "impl", "version", "graph", "gpu", "commit")
+IDENTITY = ("op", "shape", "dtype", "impl", "version", "graph", "gpu", "cpu", "commit")
 
 
 def load(path):
