@@ -108,7 +108,7 @@ def operators(toolkit, macros):
 
 
 def questions(macros):
-    plan = [str(p.relative_to(ROOT)) for p in [ROOT / "csrc/ssd/plan.cpp"] if p.exists()]
+    plan = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/ssd").glob("plan*.cpp"))
     return Extension(
         "mamba2_cuda._C",
         ["csrc/bindings.cpp", *plan],
@@ -150,9 +150,10 @@ macros = [
     ("MAMBA2_VERSION", f'"{VERSION}"'),
 ]
 # A wheel of the operators alone fits every Python; with _C it fits the one that built it.
-ops_only = os.environ.get("MAMBA2_OPS_ONLY") == "1"
+wanted = os.environ.get("MAMBA2_MODULES", "_ops _C").split()
+modules = {"_ops": lambda: operators(toolkit, macros), "_C": lambda: questions(macros)}
 setup(
-    ext_modules=[operators(toolkit, macros)] + ([] if ops_only else [questions(macros)]),
+    ext_modules=[modules[name]() for name in wanted],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ops_only else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if wanted == ["_ops"] else {},
 )

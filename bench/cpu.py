@@ -11,7 +11,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -97,7 +96,6 @@ def processor():
 
 
 def row(ms, ratios, threads):
-    ask = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "op": "ssd_train",
         "shape": SHAPE.name,
@@ -108,10 +106,7 @@ def row(ms, ratios, threads):
         "graph": False,
         "ratios": {name: round(value, 3) for name, value in ratios.items()},
         "cpu": f"{processor()}, {threads} threads",
-        "torch": torch.__version__,
-        "commit": subprocess.run(ask, capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m bench.cpu",
+        **rows.provenance("python -m bench.cpu"),
     }
 
 

@@ -6,13 +6,17 @@
 #     sanitize   compute-sanitizer on small problems          ($TIERS, $SANITIZERS)
 #     bench      times and ratios                             ($BENCH_ARGS of bench.run)
 #     ncu        every kernel once, by the hardware counters  ($SHAPE)
-# Builds nothing: wants mamba2_cuda/_ops*.so. Logs, rows and tables go under $OUT (default out).
+# Wants mamba2_cuda/_ops*.so, and builds at most _C for this Python (seconds). Logs, rows and tables go under $OUT (default out).
 # The exit status says whether every stage passed; the last lines say which did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-$PWD/out} PYTHONUNBUFFERED=1
 PY=${PY:-python3}
 mkdir -p "$OUT"
+
+$PY -c 'import mamba2_cuda._C' 2>/dev/null ||
+  MAMBA2_MODULES=_C $PY setup.py build_ext --inplace >"$OUT/build_C.log" 2>&1 ||
+  echo "_C is not built: $OUT/build_C.log"
 
 smoke() { $PY -m bench.smoke; }
 

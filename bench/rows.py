@@ -9,10 +9,29 @@ peak_extra_bytes (of a training step, beyond inputs), command.
 """
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
+
 IDENTITY = ("op", "shape", "dtype", "impl", "version", "graph", "gpu", "cpu", "commit")
+
+
+def provenance(command, commit=None):
+    """When and by what a row was measured; `commit` where git cannot say."""
+    commit = commit or os.environ.get("MAMBA2_COMMIT")
+    if not commit:
+        ask = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+    }
 
 
 def load(path):

@@ -11,9 +11,7 @@ Refuses when the tests of these sources were not green on this machine's GPU: ru
 import argparse
 import os
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -49,7 +47,11 @@ def main():
     print("not here:", *(missing or ["none"]), sep="\n  ")
     copy_rate = timing.copy_bytes_per_second()
     print(f"{torch.cuda.get_device_name()}: copy {copy_rate / 1e12:.2f} TB/s")
-    common = provenance(options)
+    command = shlex.join(["python", "-m", "bench.run", *sys.argv[1:]])
+    common = {
+        "gpu": torch.cuda.get_device_name(),
+        **rows.provenance(command, options.commit),
+    }
     torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot capture the default stream
     measured = sweep(found, common, copy_rate) if options.sweep else []
     for name in [] if options.sweep else options.shapes:
@@ -76,20 +78,6 @@ def parse_options():
     add("--commit", default=None, help="what is measured, where git does not say")
     add("--unchecked", action="store_true", help="measure without green tests, and save nothing")
     return parser.parse_args()
-
-
-def provenance(options):
-    commit = options.commit or os.environ.get("MAMBA2_COMMIT")
-    if not commit:
-        ask = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", "bench.run", *sys.argv[1:]]),
-    }
 
 
 def measure_shape(shape, found, options, common, copy_rate):

@@ -1,5 +1,6 @@
 """The package around the operators: build, loading, errors, tools."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,19 @@ def test_cpu_only_build_says_so():
     state = torch.ops.mamba2_cuda.ssd_segment_state_forward.default
     with pytest.raises(RuntimeError, match="this build is for the CPU alone"):
         state._op_dk(torch._C.DispatchKey.CUDA, x, dt, A, x, None, False, 0.0, 1.0, 0)
+
+
+def test_readme_runs_as_it_stands():
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["y"].shape == names["x"].grad.shape == (2, 300, 4, 64)
+
+
+def test_readme_names_files_that_exist():
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / "README.md").read_text())
+    assert "docs/architecture.md" in links
+    assert not [link for link in links if not (ROOT / link).exists()]

@@ -1,6 +1,7 @@
 // The one place where a kernel is launched. Returns a cudaError_t as int; 0 is success.
 #pragma once
 #include "macros.h"
+#include "nvtx.h"
 
 #if defined(MAMBA2_EMULATE)
 #include <tuple>

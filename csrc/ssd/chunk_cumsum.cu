@@ -140,6 +140,7 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
 
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
                  void* stream) {
+  const Range range("chunk_cumsum");
   const CumsumParams params{in.dt,
                             in.dt_dtype,
                             in.A,

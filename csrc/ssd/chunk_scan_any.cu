@@ -77,8 +77,12 @@ int run(const ChunkScanParams& params, void* stream) {
 
 }  // namespace
 
-int chunk_scan(const ChunkScanParams& params, void* stream) { return run<false>(params, stream); }
+int chunk_scan(const ChunkScanParams& params, void* stream) {
+  const Range range("chunk_scan");
+  return run<false>(params, stream);
+}
 int chunk_scan_gate_gradient(const ChunkScanParams& params, void* stream) {
+  const Range range("chunk_scan_gate_gradient");
   return run<true>(params, stream);
 }
 

@@ -166,6 +166,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
 }  // namespace
 
 int chunk_scan_gradient_x(const ChunkScanGradientParams& params, void* stream) {
+  const Range range("chunk_scan_gradient_x");
   return with_type(params.work.in.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     LaunchShape at;

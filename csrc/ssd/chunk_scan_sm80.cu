@@ -355,6 +355,7 @@ int choose_tile_p(const ChunkScanParams& params, int64_t chunks, const Device& d
 
 int chunk_scan(const ForwardParams& forward, const Chunking& chunking, const float* delta,
                const float* a_cumsum_log2, const void* states, const Device& device, void* stream) {
+  const Range range("chunk_scan");
   const Inputs& in = forward.in;
   ChunkScanParams params{};
   params.x = in.x, params.B = in.B, params.C = in.C, params.z = in.z;

@@ -72,8 +72,12 @@ int run(const ChunkStateParams& params, void* stream) {
 
 }  // namespace
 
-int chunk_state(const ChunkStateParams& params, void* stream) { return run<false>(params, stream); }
+int chunk_state(const ChunkStateParams& params, void* stream) {
+  const Range range("chunk_state");
+  return run<false>(params, stream);
+}
 int chunk_state_gradient(const ChunkStateParams& params, void* stream) {
+  const Range range("chunk_state_gradient");
   return run<true>(params, stream);
 }
 

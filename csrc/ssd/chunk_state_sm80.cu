@@ -244,6 +244,7 @@ int choose_tile_p(const ChunkStateParams& params, int64_t nseq, const Device& de
 int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
                 const float* a_cumsum_log2, void* states, float* final_states, const Device& device,
                 void* stream) {
+  const Range range("chunk_state");
   const Shape& shape = in.shape;
   const ChunkStateParams params{
       in.x,         in.B,     delta,   a_cumsum_log2, in.initial_states, states,

@@ -129,6 +129,7 @@ std::size_t chunking_bytes(const Shape& shape, int q) {
 }
 
 int make_chunking(const Inputs& in, int q, void* memory, Chunking* out, void* stream) {
+  const Range range("chunk_table");
   const Shape& shape = in.shape;
   *out = Chunking{};
   out->q = q;
@@ -155,6 +156,7 @@ int make_chunking(const Inputs& in, int q, void* memory, Chunking* out, void* st
 
 int zero_outside(const Shape& shape, const Chunking& chunking, const ZeroTargets& targets,
                  void* stream) {
+  const Range range("zero_outside");
   if (!shape.packed || targets.count == 0) return 0;
   const ZeroParams params{chunking.first_token, static_cast<int>(shape.nseq),
                           static_cast<int>(shape.l), targets};

@@ -238,6 +238,7 @@ std::size_t delta_backward_workspace_bytes(int64_t chunks, int h) {
 
 int delta_backward(const BackwardParams& p, const DeltaGradientParts& parts,
                    const Chunking& chunking, int64_t chunks, void* workspace, void* stream) {
+  const Range range("delta_backward");
   const Inputs& in = p.in;
   Gradients g{};
   g.parts = parts;

@@ -62,6 +62,7 @@ int run_n(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, v
 
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
                void* stream) {
+  const Range range("fused_scan");
   return dtype == DType::bf16 ? run_n<bf16>(args, gate, state_only, sm_count, stream)
                               : run_n<f16>(args, gate, state_only, sm_count, stream);
 }

@@ -70,6 +70,7 @@ int finish_empty_sequences(const ForwardParams& params, const Chunking& chunking
 
 int segment_scan(float* carry, const float* through_log2, int segments, int units, int n,
                  void* stream) {
+  const Range range("segment_scan");
   LaunchShape at;
   const int elements = kP * n;
   at.grid = dim3(elements / 4 / kScanThreads, units);

@@ -1,6 +1,7 @@
 // ssd_scan and ssd_segment_state on a CUDA device: check, plan, allocate, run the plan's tier.
 // The host emulation registers this same file for CPU tensors, in a namespace of its own.
 #include "../core/device.h"
+#include "../core/nvtx.h"
 #include "../core/workspace.h"
 #include "ssd_call.h"
 #include "tiers.h"
@@ -115,6 +116,7 @@ int64_t scan_chunk_states_numel(int64_t b, int64_t l, int64_t h, int64_t p, int6
 // Runs a prepared call with at least one token; returns what was kept for the backward.
 Tensor run_forward(const char* op, ForwardCall& call, const Tensor& x, bool save_states,
                    int forced) {
+  const Range range(op);
   const OnDevice at(x);
   const Device device = device_of(at);
   Problem problem = problem_of(call.params.in, false, save_states);
@@ -178,6 +180,7 @@ void fill_gradients_of_nothing(BackwardCall& call, const OptionalTensor& d_final
 
 BackwardResult run_backward(const char* op, const ScanArguments& arguments,
                             const GradientArguments& gradients, int forced) {
+  const Range range(op);
   BackwardCall call = prepare_backward(op, arguments, gradients);
   if (has_no_token(call.params.in.shape)) {
     fill_gradients_of_nothing(call, gradients.d_final_states);

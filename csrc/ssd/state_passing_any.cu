@@ -53,9 +53,11 @@ int run(const StatePassingParams& params, void* stream) {
 }  // namespace
 
 int state_passing(const StatePassingParams& params, void* stream) {
+  const Range range("state_passing");
   return run<false>(params, stream);
 }
 int state_passing_gradient(const StatePassingParams& params, void* stream) {
+  const Range range("state_passing_gradient");
   return run<true>(params, stream);
 }
 

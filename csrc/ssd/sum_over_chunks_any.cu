@@ -52,6 +52,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1) sum_over_chunks_any(SumOverChu
 }  // namespace
 
 int sum_over_chunks(const SumOverChunksParams& params, void* stream) {
+  const Range range("sum_over_chunks");
   return with_accumulator(params.dtype, [&](auto tag) {
     using U = typename decltype(tag)::type;
     LaunchShape at;
