@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mamba2_cuda
+import mamba2_cuda.ops
 
 ROWS = [case_of(row, seed) for seed, row in enumerate(pairwise())]
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -121,6 +122,17 @@ def test_steep_and_flat_heads_together(dtype, device, ops):
     inputs["A"][:] = torch.tensor([0.0, -1e-6, -1.0, -100.0, -1e4, -1e-3], dtype=inputs["A"].dtype)
     inputs["dt"][:, ::7] = 100.0
     inputs["dt"][:, 3::7] = -100.0  # softplus gives 0
+    for plan in plans(device, dtype):
+        check_inputs(run_ops(ops, plan), inputs, dy, d_final, f"plan={plan}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_resets(dtype, device, ops):
+    """What a reset adds to the logarithms of a chunk must not cost the tokens between resets."""
+    case = Case(l=300, n=32, p=32, dtype=dtype, dt_dtype=torch.float32, decay="weak")
+    inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
+    runs = torch.arange(300, dtype=torch.int32, device=device) // 3
+    inputs["seq_idx"] = runs.expand(2, 300).contiguous()
     for plan in plans(device, dtype):
         check_inputs(run_ops(ops, plan), inputs, dy, d_final, f"plan={plan}")
 
@@ -250,3 +262,14 @@ def test_bounds_are_clamped(cu, clamped, cu_dtype, device, ops):
 def test_nothing_to_do(case, device, ops):
     for plan in plans(device, case.dtype):
         check(run_ops(ops, plan), case, device)
+
+
+def test_batch_invariant_setting(device):
+    """The public setting gives a row of a batch the bits it has alone, and ends with its block."""
+    inputs = make_inputs(replace(ALL, b=3, l=200, dtype=torch.bfloat16, p=64, n=64), device)
+    alone = {k: v[1:2] if torch.is_tensor(v) and v.size(0) == 3 else v for k, v in inputs.items()}
+    with mamba2_cuda.batch_invariant():
+        y, final_states = mamba2_cuda.ssd_scan(**inputs, return_final_states=True)
+        y_alone, final_alone = mamba2_cuda.ssd_scan(**alone, return_final_states=True)
+    assert torch.equal(y[1:2], y_alone) and torch.equal(final_states[1:2], final_alone)
+    assert mamba2_cuda.ops.plan.current_plan() == 0
