@@ -23,7 +23,7 @@ namespace {
 
 constexpr int q = kChunkTokens, kSlice = 64, kStages = 2;
 constexpr int kWarps = q / 16, kThreads = 32 * kWarps;
-constexpr int kMaxItems = 8;  // of a block: beyond it C B^T is cheap and the grid's tail is not
+constexpr int kMaxItems = 8;  // of a block: C B^T is then a tenth of its work
 
 struct ChunkScanParams {
   Strided x, B, C, z;          // (b, l, h, p), (b, l, g, n) twice, (b, l, h, p) optional   T
@@ -58,6 +58,7 @@ template <class Element, int tile_p>
 struct ScanTile {
   using T = Element;
   static constexpr int kTileP = tile_p;
+  static constexpr int kBlocksPerSM = tile_p > 64 ? 1 : 2;  // as registers allow
   struct Shared {
     tile::SharedTile<T, q, kSlice> C[kStages], B[kStages];
     tile::SharedTile<T, kTileP, kSlice> S[kStages];
@@ -97,10 +98,16 @@ struct Scan {
     for (i += ahead; i >= slices(); i -= slices()) ++item;
     return {item, i * kSlice};
   }
+  // Whether the stage holds these columns of C since an earlier item.
+  MAMBA2_DEVICE bool has_C(Slice slice) const {
+    return slices() <= kStages && slice.item * slices() >= kStages;
+  }
   MAMBA2_DEVICE void load_C_and_B(Slice slice, int stage) {
     if (slice.item >= work.items) return;
-    tile::copy_async<kThreads>(shared.C[stage], rows_of(params.C, work.i_g, slice.n_base),
-                               params.C.l, work.count, params.n - slice.n_base);
+    if (!has_C(slice)) {
+      tile::copy_async<kThreads>(shared.C[stage], rows_of(params.C, work.i_g, slice.n_base),
+                                 params.C.l, work.count, params.n - slice.n_base);
+    }
     if (slice.item > 0) return;
     tile::copy_async<kThreads>(shared.B[stage], rows_of(params.B, work.i_g, slice.n_base),
                                params.B.l, work.count, params.n - slice.n_base);
@@ -267,7 +274,7 @@ MAMBA2_DEVICE void find_work(const ChunkScanParams& params, Work& work, int i) {
 }
 
 template <class Tile>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kTileP > 64 ? 1 : 2)
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kBlocksPerSM)
     chunk_scan_kernel(MAMBA2_GRID_CONSTANT const ChunkScanParams params) {
   auto& shared = *static_cast<typename Tile::Shared*>(ptx::dynamic_smem());
   if (params.chunking.table) ptx::griddepcontrol_wait();
@@ -319,17 +326,28 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kTileP > 64 ? 1 : 2)
   }
 }
 
+// How many items a block takes: whichever count ends the grid first. A block's time is its items'
+// and 0.6 of an item for C B^T and the first copies; blocks run in waves that fill the card.
+int choose_items(int items_per_group, int64_t pairs, int64_t blocks_at_once) {
+  int best = 1;
+  int64_t best_time = INT64_MAX;
+  for (int items = 1; items <= kMaxItems && items <= items_per_group; ++items) {
+    const int64_t waves = ceil_div(pairs * ceil_div(items_per_group, items), blocks_at_once);
+    const int64_t time = waves * (10 * items + 6);
+    if (time < best_time) best = items, best_time = time;
+  }
+  return best;
+}
+
 template <class T, int tile_p>
 int run(ChunkScanParams params, int64_t chunks, int sm_count, void* stream) {
   using Tile = ScanTile<T, tile_p>;
+  const int groups = params.h / params.heads_per_group;
   params.p_tiles = ceil_div(params.p, tile_p);
   params.items_per_group = params.heads_per_group * params.p_tiles;
-  // Share C B^T between as many items as leave four waves of two blocks an SM.
-  const int groups = params.h / params.heads_per_group;
-  const int64_t spare = chunks * groups * params.items_per_group / (8 * sm_count);
-  const int most = static_cast<int>(spare < 1 ? 1 : spare > kMaxItems ? kMaxItems : spare);
-  params.blocks_per_group = ceil_div(params.items_per_group, most);
-  params.items_per_block = ceil_div(params.items_per_group, params.blocks_per_group);
+  params.items_per_block =
+      choose_items(params.items_per_group, chunks * groups, int64_t(Tile::kBlocksPerSM) * sm_count);
+  params.blocks_per_group = ceil_div(params.items_per_group, params.items_per_block);
   LaunchShape at;
   at.grid = dim3(static_cast<unsigned>(chunks * groups * params.blocks_per_group));
   at.threads = kThreads;

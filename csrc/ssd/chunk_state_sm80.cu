@@ -33,6 +33,13 @@ struct ChunkStateParams {
   int h, p, n, heads_per_group;
 };
 
+// What a block works on. It lies in shared memory, for the accumulators leave no registers for it.
+struct Work {
+  Sequence sequence;
+  int i_seq, i_h, p_base, n_base;
+  int first, chunks;  // of the sequence
+};
+
 // A (kTileP, kTileN) tile of the state: each warp has 16 rows and kTileN / kWarpsN columns.
 template <class Element, int tile_p, int tile_n>
 struct StateTile {
@@ -48,6 +55,7 @@ struct StateTile {
     tile::SharedTile<T, kStepTokens, kTileN> B[kStages];
     float weight[2][q];  // 2^(s_q - s_j) delta_j of this chunk and the next
     float decay[2];      // 2^s_q
+    Work work;
   };
 };
 
@@ -56,8 +64,7 @@ struct Sweep {
   using T = typename Tile::T;
   const ChunkStateParams& params;
   typename Tile::Shared& shared;
-  int i_seq, i_h, p_base, n_base;
-  Sequence sequence;
+  const Work& work;
   float acc[Tile::kBlocks][2][4];
 
   MAMBA2_DEVICE int warp_p() const { return threadIdx.x / 32 % Tile::kWarpsP * 16; }
@@ -66,21 +73,23 @@ struct Sweep {
   }
   // Offset of the (p, n) matrix of chunk or sequence i, from this tile's corner on.
   MAMBA2_DEVICE int64_t matrix(int64_t i) const {
-    return ((i * params.h + i_h) * params.p + p_base) * params.n + n_base;
+    return ((i * params.h + work.i_h) * params.p + work.p_base) * params.n + work.n_base;
   }
 
   MAMBA2_DEVICE void load_step(int step) {
-    const int64_t left = sequence.length - static_cast<int64_t>(step) * kStepTokens;
+    const int64_t left = work.sequence.length - static_cast<int64_t>(step) * kStepTokens;
     if (left > 0) {
       const int count = static_cast<int>(left < kStepTokens ? left : kStepTokens);
-      const int64_t token = sequence.token + static_cast<int64_t>(step) * kStepTokens;
-      const int i_g = i_h / params.heads_per_group, stage = step % kStages;
-      const T* g_x = static_cast<const T*>(params.x.ptr) + sequence.row * params.x.b +
-                     token * params.x.l + i_h * params.x.h + p_base;
-      const T* g_B = static_cast<const T*>(params.B.ptr) + sequence.row * params.B.b +
-                     token * params.B.l + i_g * params.B.h + n_base;
-      tile::copy_async<Tile::kThreads>(shared.x[stage], g_x, params.x.l, count, params.p - p_base);
-      tile::copy_async<Tile::kThreads>(shared.B[stage], g_B, params.B.l, count, params.n - n_base);
+      const int64_t token = work.sequence.token + static_cast<int64_t>(step) * kStepTokens;
+      const int i_g = work.i_h / params.heads_per_group, stage = step % kStages;
+      const T* g_x = static_cast<const T*>(params.x.ptr) + work.sequence.row * params.x.b +
+                     token * params.x.l + work.i_h * params.x.h + work.p_base;
+      const T* g_B = static_cast<const T*>(params.B.ptr) + work.sequence.row * params.B.b +
+                     token * params.B.l + i_g * params.B.h + work.n_base;
+      tile::copy_async<Tile::kThreads>(shared.x[stage], g_x, params.x.l, count,
+                                       params.p - work.p_base);
+      tile::copy_async<Tile::kThreads>(shared.B[stage], g_B, params.B.l, count,
+                                       params.n - work.n_base);
     }
     ptx::cp_async_commit_group();
   }
@@ -90,14 +99,14 @@ struct Sweep {
     float delta = 0.f, s_j = 0.f, s_q = 0.f;
   };
   MAMBA2_DEVICE Weight load_weight(int64_t i_chunk) const {
-    const int64_t at = (i_chunk * params.h + i_h) * q, j = threadIdx.x % q;
+    const int64_t at = (i_chunk * params.h + work.i_h) * q, j = threadIdx.x % q;
     return {params.delta[at + j], params.a_cumsum_log2[at + j], params.a_cumsum_log2[at + q - 1]};
   }
   MAMBA2_DEVICE void store_weight(int i_c, const Weight& w) {
     if (threadIdx.x < q) {
       shared.weight[i_c % 2][threadIdx.x] = ptx::ex2(w.s_q - w.s_j) * w.delta;
-      shared.decay[i_c % 2] = ptx::ex2(w.s_q);
     }
+    if (threadIdx.x == 0) shared.decay[i_c % 2] = ptx::ex2(w.s_q);
   }
 
   // f(row, column, two accumulators of columns column, column + 1) for all this lane owns.
@@ -107,7 +116,7 @@ struct Sweep {
       MAMBA2_UNROLL for (int half = 0; half < 2; ++half) {
         const int row = warp_p() + tile::fragment_row() + 8 * half;
         const int col = warp_n() + 8 * i + tile::fragment_col();
-        if (p_base + row < params.p && n_base + col < params.n) {
+        if (work.p_base + row < params.p && work.n_base + col < params.n) {
           f(static_cast<int64_t>(row) * params.n + col, acc[i / 2][i % 2][2 * half],
             acc[i / 2][i % 2][2 * half + 1]);
         }
@@ -118,16 +127,21 @@ struct Sweep {
     MAMBA2_UNROLL for (auto& block : acc) {
       MAMBA2_UNROLL for (int i = 0; i < 8; ++i) block[i / 4][i % 4] = 0.f;
     }
-    if (params.initial_states.ptr == nullptr) return;
-    const int64_t at = matrix(i_seq);
+    const void* g_initial = params.initial_states.ptr;
+    if (g_initial == nullptr) return;
+    const bool is_fp32 = params.initial_states.dtype == DType::f32;  // T otherwise
+    const int64_t at = matrix(work.i_seq);
     for_each_pair([&](int64_t i, float& left, float& right) {
-      left = load<float>(params.initial_states, at + i);
-      right = load<float>(params.initial_states, at + i + 1);
+      const float2 v =
+          is_fp32 ? *reinterpret_cast<const float2*>(static_cast<const float*>(g_initial) + at + i)
+                  : unpack2<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(g_initial) +
+                                                                  at + i));
+      left = v.x, right = v.y;
     });
   }
   MAMBA2_DEVICE void store_final_state() {
     if (params.final_states == nullptr) return;
-    float* g_final = params.final_states + matrix(i_seq);
+    float* g_final = params.final_states + matrix(work.i_seq);
     for_each_pair([&](int64_t i, float& left, float& right) {
       *reinterpret_cast<float2*>(g_final + i) = float2{left, right};
     });
@@ -138,7 +152,7 @@ struct Sweep {
     MAMBA2_UNROLL for (int i = 0; i < Tile::kBlocks; ++i) {
       const int col = warp_n() + 16 * i + tile::unit_col();
       const uint4 unit = tile::to_unit<T>(acc[i][0], acc[i][1]);
-      if (p_base + row < params.p && n_base + col < params.n) {
+      if (work.p_base + row < params.p && work.n_base + col < params.n) {
         *reinterpret_cast<uint4*>(g_state + static_cast<int64_t>(row) * params.n + col) = unit;
       }
     }
@@ -149,59 +163,74 @@ struct Sweep {
       MAMBA2_UNROLL for (int i = 0; i < 8; ++i) block[i / 4][i % 4] *= decay;
     }
   }
-  // S += X~^T B over the tokens of one step.
+  // S += X~^T B over the tokens of one step. X~ is formed for several blocks of 16 tokens at once,
+  // as many as registers allow, so that their latencies overlap.
   MAMBA2_DEVICE void accumulate(int stage, const float* weight) {
-    MAMBA2_NO_UNROLL for (int t = 0; t < kStepTokens; t += 16) {
-      uint32_t a[4], b[4];
-      tile::load_a_transposed(a, shared.x[stage], t, warp_p());
-      tile::scale_columns<T>(a, weight + t);
-      MAMBA2_UNROLL for (int i = 0; i < Tile::kBlocks; ++i) {
-        tile::load_b_transposed(b, shared.B[stage], t, warp_n() + 16 * i);
-        tile::mma_16x16<T>(acc[i][0], acc[i][1], a, b);
+    constexpr int kAtOnce = Tile::kBlocks > 4 ? 2 : 4;
+    MAMBA2_UNROLL for (int first = 0; first < kStepTokens; first += 16 * kAtOnce) {
+      uint32_t a[kAtOnce][4], b[4];
+      MAMBA2_UNROLL for (int t = 0; t < kAtOnce; ++t) {
+        tile::load_a_transposed(a[t], shared.x[stage], first + 16 * t, warp_p());
+      }
+      MAMBA2_UNROLL for (int t = 0; t < kAtOnce; ++t) {
+        tile::scale_columns<T>(a[t], weight + first + 16 * t);
+      }
+      MAMBA2_UNROLL for (int t = 0; t < kAtOnce; ++t) {
+        MAMBA2_UNROLL for (int i = 0; i < Tile::kBlocks; ++i) {
+          tile::load_b_transposed(b, shared.B[stage], first + 16 * t, warp_n() + 16 * i);
+          tile::mma_16x16<T>(acc[i][0], acc[i][1], a[t], b);
+        }
       }
     }
   }
 };
 
 template <class Tile>
+MAMBA2_DEVICE Work find_work(const ChunkStateParams& params) {
+  const int n_tiles = ceil_div(params.n, Tile::kTileN), p_tiles = ceil_div(params.p, Tile::kTileP);
+  Work work;
+  int i = static_cast<int>(blockIdx.x);
+  work.n_base = i % n_tiles * Tile::kTileN, i /= n_tiles;
+  work.p_base = i % p_tiles * Tile::kTileP, i /= p_tiles;
+  work.i_h = i % params.h, work.i_seq = i / params.h;
+  work.sequence = params.chunking.sequence(work.i_seq);
+  work.first = params.chunking.first(work.i_seq);
+  work.chunks = params.chunking.count(work.i_seq);
+  return work;
+}
+
+template <class Tile>
 __global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 3)
     chunk_state_kernel(MAMBA2_GRID_CONSTANT const ChunkStateParams params) {
   auto& shared = *static_cast<typename Tile::Shared*>(ptx::dynamic_smem());
-  const int n_tiles = ceil_div(params.n, Tile::kTileN), p_tiles = ceil_div(params.p, Tile::kTileP);
-  int work = blockIdx.x;
-  const int i_n = work % n_tiles;
-  const int i_p = (work /= n_tiles) % p_tiles;
-  const int i_h = (work /= p_tiles) % params.h;
-  const int i_seq = work / params.h;
+  const Work& work = shared.work;
   ptx::griddepcontrol_launch_dependents();
   if (params.chunking.table) ptx::griddepcontrol_wait();
+  if (threadIdx.x == 0) shared.work = find_work<Tile>(params);
+  __syncthreads();
 
-  const Sequence sequence = params.chunking.sequence(i_seq);
-  const int chunks = params.chunking.count(i_seq);
-  const int steps = static_cast<int>(ceil_div(sequence.length, kStepTokens));
-  Sweep<Tile> sweep{params, shared, i_seq, i_h, i_p * Tile::kTileP, i_n * Tile::kTileN, sequence};
+  Sweep<Tile> sweep{params, shared, work};
   MAMBA2_UNROLL for (int step = 0; step < kStages - 1; ++step) sweep.load_step(step);
   sweep.load_initial_state();
   ptx::griddepcontrol_wait();
-  const int64_t first = params.chunking.first(i_seq);
-  if (chunks > 0) sweep.store_weight(0, sweep.load_weight(first));
+  if (work.chunks > 0) sweep.store_weight(0, sweep.load_weight(work.first));
 
-  for (int i_c = 0; i_c < chunks; ++i_c) {
+  for (int i_c = 0; i_c < work.chunks; ++i_c) {
     typename Sweep<Tile>::Weight next;
-    if (i_c + 1 < chunks) next = sweep.load_weight(first + i_c + 1);
+    if (i_c + 1 < work.chunks) next = sweep.load_weight(work.first + i_c + 1);
     MAMBA2_NO_UNROLL for (int half = 0; half < kStepsPerChunk; ++half) {
       const int step = i_c * kStepsPerChunk + half;
-      if (step >= steps) break;
+      if (static_cast<int64_t>(step) * kStepTokens >= work.sequence.length) break;
       ptx::cp_async_wait_group<kStages - 2>();
       __syncthreads();  // the step has landed, and the stage of the step before is free
       sweep.load_step(step + kStages - 1);
       if (half == 0) {
-        sweep.store_entering_state(first + i_c);
+        sweep.store_entering_state(work.first + i_c);
         sweep.scale(shared.decay[i_c % 2]);
       }
       sweep.accumulate(step % kStages, shared.weight[i_c % 2] + half * kStepTokens);
     }
-    if (i_c + 1 < chunks) sweep.store_weight(i_c + 1, next);
+    if (i_c + 1 < work.chunks) sweep.store_weight(i_c + 1, next);
   }
   sweep.store_final_state();
 }

@@ -1,4 +1,5 @@
-// Which kernels run a problem, chosen from its sizes and the card alone. No timing, no torch, no CUDA.
+// Which kernels run a problem, chosen from its sizes and the card alone. No timing, no torch, no
+// CUDA.
 #pragma once
 #include <cstdint>
 
@@ -33,9 +34,9 @@ struct Problem {
 
 struct Plan {
   Tier tier = Tier::any;
-  int q = 64;            // chunk length, tokens
-  int variant = 0;       // tier's own
-  int segment_chunks = 0;  // sm90: chunks per segment (0: whole sequences)
+  int q = 64;                    // chunk length, tokens
+  int variant = 0;               // tier's own
+  int segment_chunks = 0;        // sm90: chunks per segment (0: whole sequences)
   bool batch_invariant = false;  // nothing may depend on b or on what a sequence is packed with
   const char* reason = "";
 };

@@ -125,3 +125,17 @@ def test_a_packed_sequence_is_as_if_alone(run):
     single = run(alone)
     assert torch.equal(packed["y"][:, 37:], single["y"])
     assert torch.equal(packed["final_states"][1:], single["final_states"])
+
+
+def test_segment_state(emulated, run):
+    """The state a segment leaves behind is the scan's final state, bit for bit."""
+    case = Case(b=2, l=200, p=32, n=64, dtype=torch.bfloat16, dt_bias=True)
+    inputs = make_inputs(case)
+    x, dt, A, B, bias = (inputs[k] for k in ("x", "dt", "A", "B", "dt_bias"))
+    limits = inputs["dt_limit"]
+    state, log_decay = emulated.ops.ssd_segment_state_forward(
+        x, dt, A, B, bias, True, *limits, SM80
+    )
+    assert torch.equal(state, run(inputs)["final_states"])
+    delta = torch.nn.functional.softplus(dt.double() + bias.double())
+    torch.testing.assert_close(log_decay.double(), (delta * A).sum(1), rtol=1e-5, atol=0)
