@@ -1,0 +1,37 @@
+"""The pre-norm residual block."""
+
+import torch
+from torch import nn
+
+from .mlp import GatedMLP
+from .norm import RMSNorm
+
+
+class Block(nn.Module):
+    """residual += mixer(norm(residual)), then residual += mlp(norm2(residual)) if there is an MLP.
+
+    The residual is kept in fp32 (fp64 for an fp64 model) when residual_in_fp32.
+    """
+
+    def __init__(
+        self, d_model, mixer, d_intermediate=0, eps=1e-5, residual_in_fp32=True,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        made = dict(device=device, dtype=dtype)
+        self.residual_in_fp32 = residual_in_fp32
+        self.norm = RMSNorm(d_model, eps, **made)
+        self.mixer = mixer
+        self.norm2 = self.mlp = None
+        if d_intermediate:
+            self.norm2 = RMSNorm(d_model, eps, **made)
+            self.mlp = GatedMLP(d_model, d_intermediate, **made)
+
+    def forward(self, residual, tokens=None, cache=None):
+        """residual (b, l, d_model) -> the residual after this block."""
+        if self.residual_in_fp32:
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        residual = residual + self.mixer(self.norm(residual), tokens, cache)
+        if self.mlp is not None:
+            residual = residual + self.mlp(self.norm2(residual))
+        return residual

@@ -1,0 +1,134 @@
+"""The Mamba-2 mixer (paper, section 7.1, figure 6 right).
+
+    z, x, B, C, dt = in_proj(u)
+    x, B, C        = silu(causal_conv1d(x, B, C))
+    y              = ssd_scan(x, dt, A, B, C) + D x
+    out            = out_proj(norm(y, z))
+
+The projections of B, C and dt stand beside that of x, not behind it, so that all splits over ranks.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import functional
+from .cache import MixerCache
+from .conv import CausalConv1d
+from .layout import ProjectionLayout
+from .norm import GatedRMSNorm
+
+
+class Mamba2(nn.Module):
+    """u (b, l, d_model) -> (b, l, d_model).
+
+    d_state n; headdim p; ngroups g; expand d_model = h p channels
+    D_has_hdim        D is one number a channel instead of one a head
+    rmsnorm           normalise before out_proj; without it the gate is applied inside ssd_scan
+    norm_before_gate  norm(y) silu(z) instead of norm(y silu(z))
+    norm_groups       groups of channels that the norm takes one by one; ngroups if not given. It is
+                      the whole model's number, whatever the number of ranks
+    dt_limit          bounds of softplus(dt + dt_bias)
+    A_init_range      A = -exp(A_log) starts uniform in -A_init_range
+    dt_min, dt_max    softplus(dt_bias) starts log-uniform between them, at dt_init_floor or above
+    process_group     ranks that would share heads and groups (paper, 8.1): one rank as yet
+
+    Source: paper, section 7; initial values as in its code's defaults (appendix D).
+    """
+
+    def __init__(
+        self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, *,
+        A_init_range=(1, 16), D_has_hdim=False, rmsnorm=True, norm_before_gate=False,
+        norm_groups=None, norm_eps=1e-5, dt_min=1e-3, dt_max=1e-1, dt_init_floor=1e-4,
+        dt_limit=(0.0, math.inf), bias=False, conv_bias=True, process_group=None,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        if process_group is not None and dist.get_world_size(process_group) > 1:
+            raise NotImplementedError("Mamba2: process_group must hold one rank")
+        if expand * d_model % headdim:
+            raise ValueError(f"expand * d_model ({expand * d_model}) % headdim ({headdim}) != 0")
+        heads = int(expand * d_model) // headdim
+        if heads % ngroups:
+            raise ValueError(f"number of heads ({heads}) % ngroups ({ngroups}) != 0")
+        self.process_group = process_group
+        self.layout = layout = ProjectionLayout(heads, headdim, ngroups, d_state)
+        self.dt_limit, self.D_has_hdim = tuple(dt_limit), D_has_hdim
+        made = dict(device=device, dtype=dtype)
+
+        self.in_proj = nn.Linear(d_model, layout.width, bias=bias, **made)
+        self.conv1d = CausalConv1d(layout.conv_channels, d_conv, bias=conv_bias, **made)
+        dt = torch.rand(heads, device=device) * (math.log(dt_max) - math.log(dt_min))
+        dt = (dt + math.log(dt_min)).exp().clamp(min=dt_init_floor)
+        inverse_softplus = dt + torch.log(-torch.expm1(-dt))
+        self.dt_bias = nn.Parameter(inverse_softplus.to(dtype))
+        A = torch.empty(heads, device=device).uniform_(*A_init_range)
+        self.A_log = nn.Parameter(A.log().to(dtype))
+        self.D = nn.Parameter(torch.ones(layout.d_inner if D_has_hdim else heads, **made))
+        self.norm = None
+        if rmsnorm:
+            group_size = layout.d_inner // (norm_groups or ngroups)
+            self.norm = GatedRMSNorm(layout.d_inner, group_size, norm_before_gate, norm_eps, **made)
+        self.out_proj = nn.Linear(layout.d_inner, d_model, bias=bias, **made)
+
+    def forward(self, u, tokens=None, cache=None):
+        """u (b, l, d_model); tokens says what is packed or padded; cache is read and moved on."""
+        cu_seqlens = None if tokens is None else tokens.cu_seqlens
+        real = None if tokens is None else tokens.real()
+        z, xBC, dt = self.layout.split(self.in_proj(u))
+        xBC = self.conv1d(hide(xBC, real), cu_seqlens, None if cache is None else cache.conv)
+        x, B, C = self.layout.split_conv(hide(xBC, real))
+        if cache is not None and u.size(1) == 1:
+            y = self.step(cache.ssm, x[:, 0], dt[:, 0], B[:, 0], C[:, 0], z[:, 0])[:, None]
+        else:
+            y = self.scan(x, dt, B, C, z, cu_seqlens, cache)
+        y = y.flatten(-2)
+        return self.out_proj(y if self.norm is None else self.norm(y, z))
+
+    def scan(self, x, dt, B, C, z, cu_seqlens, cache):
+        options = dict(self.scan_options(z), cu_seqlens=cu_seqlens)
+        if cache is None:
+            return functional.ssd_scan(x, dt, self.A(), B, C, **options)
+        y, after = functional.ssd_scan(
+            x, dt, self.A(), B, C, initial_states=cache.ssm, return_final_states=True, **options
+        )
+        cache.ssm.copy_(after)
+        return y
+
+    def step(self, state, x, dt, B, C, z):
+        return functional.ssd_step(state, x, dt, self.A(), B, C, **self.scan_options(z))
+
+    def A(self):
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def scan_options(self, z):
+        return dict(
+            D=self.layout.by_head(self.D) if self.D_has_hdim else self.D,
+            z=self.layout.by_head(z) if self.norm is None else None,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+        )
+
+    def allocate_cache(self, batch, max_length=None, dtype=None, state_dtype=None):
+        """An empty cache; max_length is for layers whose memory grows, which this one's does not.
+
+        The state is fp32 (fp64 for an fp64 model) unless state_dtype says otherwise.
+        """
+        weight, layout = self.in_proj.weight, self.layout
+        state_dtype = state_dtype or torch.promote_types(weight.dtype, torch.float32)
+        return MixerCache(
+            weight.new_zeros(
+                batch, self.conv1d.width - 1, layout.conv_channels, dtype=dtype or weight.dtype
+            ),
+            weight.new_zeros(
+                batch, layout.heads, layout.headdim, layout.d_state, dtype=state_dtype
+            ),
+        )
+
+
+def hide(v, real):
+    """v (b, l, channels) with 0 at padding: from an empty state, zeros leave it empty."""
+    return v if real is None else v.masked_fill(~real[..., None], 0)

@@ -1,0 +1,30 @@
+"""Root mean square norms, with and without a gate."""
+
+import torch
+from torch import nn
+
+from . import functional
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32 and returned in weight's dtype."""
+
+    def __init__(self, d, eps=1e-5, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d, device=device, dtype=dtype))
+
+    def forward(self, x):
+        return functional.gated_rmsnorm(x, self.weight, eps=self.eps).to(self.weight.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """norm(y silu(z)), or norm(y) silu(z) with norm_before_gate, over groups of group_size."""
+
+    def __init__(self, d, group_size, norm_before_gate, eps=1e-5, device=None, dtype=None):
+        super().__init__()
+        self.options = dict(eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
+        self.weight = nn.Parameter(torch.ones(d, device=device, dtype=dtype))
+
+    def forward(self, y, z):
+        return functional.gated_rmsnorm(y, self.weight, z, **self.options)

@@ -1,0 +1,203 @@
+"""Modules and language model: the ways through them agree, and rows and sequences stay apart."""
+
+import pytest
+import torch
+
+from mamba2_cuda.model import Mamba2LMHeadModel, ModelConfig
+from mamba2_cuda.nn import Mamba2
+
+F64 = torch.float64
+HYBRID = dict(
+    attn_layer_idx=(1,),
+    attn_cfg=dict(num_heads=4, num_heads_kv=2, head_dim=6, rotary_emb_dim=4, d_conv=3),
+)
+OPTIONS = {
+    "plain": {},
+    "groups": dict(ssm_cfg=dict(ngroups=2)),
+    "narrow convolution": dict(ssm_cfg=dict(d_conv=2)),
+    "D a channel": dict(ssm_cfg=dict(D_has_hdim=True)),
+    "no norm": dict(ssm_cfg=dict(rmsnorm=False)),
+    "norm before gate": dict(ssm_cfg=dict(norm_before_gate=True, ngroups=2)),
+    "biases": dict(ssm_cfg=dict(bias=True, conv_bias=False)),
+    "dt limit": dict(ssm_cfg=dict(dt_limit=(0.01, 0.02))),
+    "mlp": dict(d_intermediate=5),
+    "untied": dict(tie_embeddings=False),
+    "hybrid": HYBRID,
+    "hybrid, no rotary, no convolution": dict(
+        attn_layer_idx=(0, 1), attn_cfg=dict(num_heads=2, qkv_proj_bias=False)
+    ),
+}
+
+
+def make_model(ssm_cfg=None, dtype=F64, **options):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        d_model=16, n_layer=2, vocab_size=29,
+        ssm_cfg={"d_state": 8, "headdim": 8, **(ssm_cfg or {})}, **options,
+    )  # fmt: skip
+    model = Mamba2LMHeadModel(config, dtype=dtype)
+    with torch.no_grad():  # weights that matter: initial ones leave much near 0 or 1
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("A_log", "dt_bias")):
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def some_tokens(b, l, seed=1):
+    return torch.randint(0, 29, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def in_pieces(model, tokens, pieces, **first):
+    """Logits of tokens (b, l) given to a cache in pieces of these lengths."""
+    cache, logits, begin = model.allocate_cache(len(tokens), tokens.size(1)), [], 0
+    for length in pieces:
+        logits.append(model(tokens[:, begin : begin + length], cache=cache, **first))
+        begin, first = begin + length, {}
+    assert begin == cache.seen == cache.first.item() == tokens.size(1)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_prefill_and_steps_are_forward(options):
+    model, tokens = make_model(**options), some_tokens(2, 12)
+    whole = model(tokens)
+    for pieces in ([7] + [1] * 5, [1] * 12, [5, 4, 1, 2], [12]):
+        torch.testing.assert_close(in_pieces(model, tokens, pieces), whole)
+    torch.testing.assert_close(model(tokens, last_only=True), whole[:, -1:])
+
+
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["mamba2", "hybrid"])
+@torch.no_grad()
+def test_a_cache_that_is_reset_is_empty(options):
+    model, tokens = make_model(**options), some_tokens(2, 6)
+    cache = model.allocate_cache(2, 6)
+    model(some_tokens(2, 6, seed=2), cache=cache, pads=torch.tensor([0, 2]))
+    cache.reset()
+    torch.testing.assert_close(model(tokens, cache=cache), model(tokens))
+
+
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["mamba2", "hybrid"])
+def test_packed_sequences_are_what_they_are_alone(options):
+    model, lengths = make_model(**options), [3, 0, 1, 5, 2]
+    tokens, cu = some_tokens(1, 11), torch.tensor([0, 3, 3, 4, 9, 11])
+    packed = model(tokens, cu_seqlens=cu)
+    alone = [model(part) for part in tokens.split(lengths, 1) if part.numel()]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
+    other = tokens.clone()
+    other[:, 4:9] = some_tokens(1, 5, seed=3)
+    changed = (model(other, cu_seqlens=cu) != packed).any(-1)[0]
+    assert not changed[:4].any() and not changed[9:].any() and changed[4:9].any()
+
+
+def test_packed_sequences_train_as_alone():
+    model, tokens, targets = make_model(**HYBRID), some_tokens(1, 9), some_tokens(1, 9, seed=2)
+    cu = torch.tensor([0, 4, 9])
+    packed = torch.autograd.grad(model.loss(tokens, targets, cu), list(model.parameters()))
+    parts = zip(tokens.split([4, 5], 1), targets.split([4, 5], 1), (4, 5))
+    loss = sum(model.loss(part, target) * n / 9 for part, target, n in parts)
+    alone = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(packed, alone)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, HYBRID, OPTIONS["dt limit"], OPTIONS["no norm"]], ids=lambda o: str(list(o))
+)
+@torch.no_grad()
+def test_left_padding_changes_nothing(options):
+    model, tokens, pads = make_model(**options), some_tokens(3, 9), torch.tensor([0, 4, 6])
+    whole = model(tokens, pads=pads)
+    stepped = in_pieces(model, tokens, [7, 1, 1], pads=pads)
+    for row, pad in enumerate(pads.tolist()):
+        alone = model(tokens[row : row + 1, pad:])[0]
+        torch.testing.assert_close(whole[row, pad:], alone)
+        torch.testing.assert_close(stepped[row, pad:], alone)
+
+
+def test_activation_checkpointing_changes_no_bit():
+    model, tokens, targets = make_model(**HYBRID), some_tokens(2, 9), some_tokens(2, 9, seed=2)
+    results = []
+    for checkpointing in (False, True):
+        model.backbone.activation_checkpointing = checkpointing
+        loss = model.loss(tokens, targets)
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+def test_a_half_precision_model_keeps_its_residual_in_fp32():
+    model = make_model(dtype=torch.bfloat16)
+    assert model(some_tokens(1, 5)).dtype == torch.bfloat16
+    residual = model.backbone.layers[0](torch.randn(1, 5, 16, dtype=torch.bfloat16))
+    assert residual.dtype == torch.float32
+
+
+def test_autocast_keeps_the_weights_and_gives_their_gradients():
+    model, tokens = make_model(dtype=torch.float32), some_tokens(2, 9)
+    exact = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+        loss = model.loss(tokens, tokens)
+    loss.backward()
+    assert logits.dtype == torch.bfloat16
+    assert (logits - exact).norm() < 0.03 * exact.norm()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_initial_values_are_the_papers():
+    torch.manual_seed(0)
+    mixer = Mamba2(256, headdim=1)
+    A, dt = mixer.A(), torch.nn.functional.softplus(mixer.dt_bias)
+    assert A.max() <= -1 and A.min() >= -16 and A.min() < -15 and A.max() > -2
+    assert dt.min() >= 0.999e-3 and dt.max() <= 0.1001
+    assert 0.007 < dt.median() < 0.014, "log-uniform: the median is the geometric mean, 0.01"
+    assert (mixer.D == 1).all()
+
+
+@pytest.mark.parametrize("rmsnorm", [False, True])
+def test_the_parts_of_the_projection_split_over_ranks(rmsnorm):
+    """Each rank with its rows of every part gives a summand of the whole (paper, 8.1)."""
+    torch.manual_seed(0)
+    options = dict(d_state=8, headdim=8, rmsnorm=rmsnorm, dtype=F64)
+    whole, u = Mamba2(32, ngroups=4, **options), torch.randn(2, 7, 32, dtype=F64)
+    state, total = whole.state_dict(), 0
+    for rank in range(2):
+        share = Mamba2(32, expand=1, ngroups=2, **options)
+        assert share.layout == whole.layout.share(2)
+        rows = {
+            "in_proj.weight": whole.layout.rows(("z", "x", "B", "C", "dt"), rank, 2),
+            "conv1d.weight": whole.layout.rows(("x", "B", "C"), rank, 2),
+            "norm.weight": whole.layout.rows(("x",), rank, 2),
+            "D": whole.layout.rows(("dt",), rank, 2),
+        }
+        rows |= {"conv1d.bias": rows["conv1d.weight"], "A_log": rows["D"], "dt_bias": rows["D"]}
+        columns = whole.layout.rows(("x",), rank, 2)
+        part = {k: v[rows[k]] for k, v in state.items() if k != "out_proj.weight"}
+        share.load_state_dict(part | {"out_proj.weight": state["out_proj.weight"][:, columns]})
+        total = total + share(u)
+    torch.testing.assert_close(total, whole(u))
+
+
+def test_refusals_name_what_is_wrong():
+    model, tokens = make_model(**HYBRID), some_tokens(2, 4)
+    cache = model.allocate_cache(2, 5)
+    model(tokens, cache=cache)
+    with pytest.raises(ValueError, match="4 \\+ 4 tokens in room for 5"):
+        model(tokens, cache=cache)
+    with pytest.raises(ValueError, match="padding comes before"):
+        model(tokens[:, :1], cache=cache, pads=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="needs one row"):
+        model(tokens, cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="ngroups"):
+        Mamba2(16, headdim=8, ngroups=3)
+    with pytest.raises(ValueError, match="max_length"):
+        model.allocate_cache(2)
+
+
+def test_config_survives_its_json_and_refuses_what_it_does_not_know():
+    config = ModelConfig(16, 2, 29, **HYBRID, ssm_cfg=dict(ngroups=2))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert config.padded_vocab_size == 32
+    with pytest.raises(ValueError, match="unknown keys \\['d_stat'\\]"):
+        ModelConfig(16, 2, 29, ssm_cfg=dict(d_stat=8))
+    with pytest.raises(ValueError, match="layer must be 'Mamba2'"):
+        ModelConfig.from_dict({"d_model": 16, "n_layer": 2, "vocab_size": 29})
