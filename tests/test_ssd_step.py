@@ -36,8 +36,8 @@ def make_state(case, dtype, device, slots=None):
     return torch.randn(shape, dtype=torch.float64, generator=random_).to(dtype).to(device)
 
 
-def check(state, inputs, **indices):
-    """One call against the fp64 reference.
+def check(state, inputs, step=None, **indices):
+    """One call of mamba2_cuda.ssd_step, or of another with its interface, against the reference.
 
     What it may err by: what the reference does in fp32 (the arithmetic), and what rounding y and
     the new state to their dtypes does.
@@ -52,7 +52,7 @@ def check(state, inputs, **indices):
     dtypes = {"y": inputs["x"].dtype, "final_states": state.dtype}
     rounded = {k: v.to(dtypes[k]) for k, v in expected.items()}
     errors = {k: [u[k].double() - v for u in (rounded, arithmetic)] for k, v in expected.items()}
-    y = mamba2_cuda.ssd_step(state, **inputs, **indices)
+    y = (step or mamba2_cuda.ssd_step)(state, **inputs, **indices)
     results = {"y": y, "final_states": state}
     source = indices.get("state_indices")
     if source is not None:  # what a padding entry's y holds is nobody's business

@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kOperators[] = {
     "ssd_scan_forward",          "ssd_scan_backward",          "ssd_scan_backward_out",
-    "ssd_segment_state_forward", "ssd_segment_state_backward",
+    "ssd_segment_state_forward", "ssd_segment_state_backward", "ssd_step",
 };
 
 void refuse(StableIValue*, uint64_t, uint64_t) {

@@ -7,5 +7,6 @@ load_ops()
 from mamba2_cuda.ops.plan import batch_invariant  # noqa: E402
 from mamba2_cuda.ops.ssd_scan import ssd_scan  # noqa: E402
 from mamba2_cuda.ops.ssd_segment_state import ssd_segment_state  # noqa: E402
+from mamba2_cuda.ops.ssd_step import ssd_step  # noqa: E402
 
-__all__ = ["batch_invariant", "ssd_scan", "ssd_segment_state"]
+__all__ = ["batch_invariant", "ssd_scan", "ssd_segment_state", "ssd_step"]

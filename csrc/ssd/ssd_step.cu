@@ -1,0 +1,303 @@
+// ssd_step: one decoding step of T tokens (see ssd_step.h), the state read and written once.
+//
+// A row of the state (n elements of one p) lies in the registers of kLanes neighbouring threads, 16
+// bytes a thread and vector; y is a sum over those threads. A thread holds kRows rows, whose loads
+// are all in flight before the first is used, and keeps them through all tokens.
+// Grid: (head of a batch entry, kRows * kThreads / kLanes rows). No shared memory.
+// Bound by memory: the state once in and once out; at batch 1 by the latency of one such trip.
+// Rows that are no whole number of 16 bytes, fp64 and rarer pairs of types: ssd_step_any, a warp a
+// row, element by element.
+// Deterministic; nothing depends on the batch.
+#include "ssd_step.h"
+
+#include "../core/dispatch.cuh"
+#include "../core/launch.h"
+#include "../core/vectors.cuh"
+#include "formulas.cuh"
+
+namespace mamba2::ssd {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 5;  // 102 registers a thread: no spill, and 40 KB of loads in flight
+constexpr int kVectorsInFlight = 4;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <int kLanes, class U>
+MAMBA2_DEVICE U sum_over_lanes(U v) {
+  MAMBA2_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
+
+// What a token of a head does to every row: H = decay H + delta x B^T.
+template <class U>
+struct TokenWeights {
+  U delta, decay;
+};
+template <class U>
+MAMBA2_DEVICE TokenWeights<U> weights_of(const Inputs& in, int64_t i_b, int i_t, int i_h) {
+  const int64_t at = i_b * in.dt.b + i_t * in.dt.l + i_h * in.dt.h;
+  const U dt = load<U>(AnyFloat{in.dt.ptr, in.dt_dtype}, at);
+  const U bias = in.dt_bias ? load<U>(in.dt_bias, i_h) : U(0);
+  const U delta = delta_of(dt, bias, in.dt_softplus, U(in.dt_min), U(in.dt_max)).value;
+  return {delta, exp(delta * load<U>(in.A, i_h))};
+}
+template <class U>
+MAMBA2_DEVICE U skip_weight(const Inputs& in, int i_h, int i_p) {
+  if (!in.D) return U(0);
+  return load<U>(in.D, in.D_per_channel ? int64_t(i_h) * in.shape.p + i_p : i_h);
+}
+MAMBA2_DEVICE int64_t at_token(const Strided& t, int64_t i_b, int i_t, int i_h) {
+  return i_b * t.b + i_t * t.l + int64_t(i_h) * t.h;
+}
+
+// ---- rows in vectors ----
+
+template <class S_, class T_, int kLanes_, int kVectors_>
+struct Layout {
+  using S = S_;  // state
+  using T = T_;  // x, B, C, z, y
+  static constexpr int kLanes = kLanes_, kVectors = kVectors_;
+  static constexpr int kColumns = kVectorBytes / static_cast<int>(sizeof(S));  // of a vector
+  static constexpr int kRows = kVectorsInFlight / kVectors;                    // of a thread
+  static constexpr int kGroups = kThreads / kLanes;                            // of threads
+};
+
+// The rows of one thread: row r of them is row i_p(r) of the head.
+template <class L>
+struct Rows {
+  static constexpr int kColumns = L::kColumns;
+  float H[L::kRows][L::kVectors][kColumns];
+  int lane, first;
+
+  MAMBA2_DEVICE Rows()
+      : lane(threadIdx.x % L::kLanes),
+        first(blockIdx.y * (L::kRows * L::kGroups) + threadIdx.x / L::kLanes) {}
+  MAMBA2_DEVICE int i_p(int r) const { return first + r * L::kGroups; }
+  MAMBA2_DEVICE int column(int v) const { return (v * L::kLanes + lane) * kColumns; }
+
+  MAMBA2_DEVICE void load(const typename L::S* g_state, int p, int n) {
+    Packed<typename L::S, kColumns> packed[L::kRows][L::kVectors];
+    MAMBA2_UNROLL
+    for (int r = 0; r < L::kRows; ++r) {
+      MAMBA2_UNROLL
+      for (int v = 0; v < L::kVectors; ++v) {
+        packed[r][v].zero();
+        if (i_p(r) < p && column(v) < n) packed[r][v].load(g_state + i_p(r) * n + column(v));
+      }
+    }
+    MAMBA2_UNROLL
+    for (int r = 0; r < L::kRows; ++r) {
+      MAMBA2_UNROLL
+      for (int v = 0; v < L::kVectors; ++v) packed[r][v].unpack(H[r][v]);
+    }
+  }
+  MAMBA2_DEVICE void store(typename L::S* g_state, int p, int n) const {
+    MAMBA2_UNROLL
+    for (int r = 0; r < L::kRows; ++r) {
+      MAMBA2_UNROLL
+      for (int v = 0; v < L::kVectors; ++v) {
+        if (i_p(r) < p && column(v) < n) store_vector(g_state + i_p(r) * n + column(v), H[r][v]);
+      }
+    }
+  }
+  // A row of B or C, this thread's columns of it.
+  MAMBA2_DEVICE void load_columns(const typename L::T* g_row, int n,
+                                  float (&to)[L::kVectors][kColumns]) const {
+    MAMBA2_UNROLL
+    for (int v = 0; v < L::kVectors; ++v) {
+      Packed<typename L::T, kColumns> packed;
+      packed.zero();
+      if (column(v) < n) packed.load(g_row + column(v));
+      packed.unpack(to[v]);
+    }
+  }
+};
+
+template <class L>
+MAMBA2_DEVICE void step_token(Rows<L>& rows, const StepParams& params, int64_t i_b, int i_t,
+                              int i_h) {
+  using T = typename L::T;
+  const Inputs& in = params.in;
+  const Shape& shape = in.shape;
+  const int i_g = i_h / shape.heads_per_group();
+  float B[L::kVectors][L::kColumns], C[L::kVectors][L::kColumns];
+  rows.load_columns(static_cast<const T*>(in.B.ptr) + at_token(in.B, i_b, i_t, i_g), shape.n, B);
+  rows.load_columns(static_cast<const T*>(in.C.ptr) + at_token(in.C, i_b, i_t, i_g), shape.n, C);
+  const T* g_x = static_cast<const T*>(in.x.ptr) + at_token(in.x, i_b, i_t, i_h);
+  float x[L::kRows];
+  MAMBA2_UNROLL
+  for (int r = 0; r < L::kRows; ++r) {
+    x[r] = rows.i_p(r) < shape.p ? convert<float>(g_x[rows.i_p(r)]) : 0.f;
+  }
+
+  const TokenWeights<float> weights = weights_of<float>(in, i_b, i_t, i_h);
+  float y[L::kRows];
+  MAMBA2_UNROLL
+  for (int r = 0; r < L::kRows; ++r) {
+    const float delta_x = weights.delta * x[r];
+    y[r] = 0;
+    MAMBA2_UNROLL
+    for (int v = 0; v < L::kVectors; ++v) {
+      MAMBA2_UNROLL
+      for (int k = 0; k < L::kColumns; ++k) {
+        rows.H[r][v][k] = weights.decay * rows.H[r][v][k] + delta_x * B[v][k];
+        y[r] += rows.H[r][v][k] * C[v][k];
+      }
+    }
+    y[r] = sum_over_lanes<L::kLanes>(y[r]);
+  }
+
+  T* g_y = static_cast<T*>(params.y) + ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p;
+  MAMBA2_UNROLL
+  for (int r = 0; r < L::kRows; ++r) {  // lane r writes row r
+    const int i_p = rows.i_p(r);
+    if (rows.lane != r || i_p >= shape.p) continue;
+    float out = y[r] + skip_weight<float>(in, i_h, i_p) * x[r];
+    if (in.z) {
+      const T* g_z = static_cast<const T*>(in.z.ptr) + at_token(in.z, i_b, i_t, i_h);
+      out *= silu(convert<float>(g_z[i_p]));
+    }
+    g_y[i_p] = convert<T>(out);
+  }
+}
+
+template <class L>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
+    ssd_step_vectors(MAMBA2_GRID_CONSTANT const StepParams params) {
+  using S = typename L::S;
+  using T = typename L::T;
+  const Shape& shape = params.in.shape;
+  const int i_h = blockIdx.x % shape.h;
+  const int64_t i_b = blockIdx.x / shape.h;
+  const StepSlots slots = slots_of(params, i_b);
+  const int64_t head = int64_t(i_h) * shape.p * shape.n;
+  S* g_state = static_cast<S*>(params.state) + head;
+
+  Rows<L> rows;
+  if (slots.source < 0) {  // padding: y = 0
+    for (int i_t = 0; i_t < shape.l; ++i_t) {
+      T* g_y = static_cast<T*>(params.y) + ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p;
+      for (int r = 0; r < L::kRows; ++r) {
+        if (rows.lane == r && rows.i_p(r) < shape.p) g_y[rows.i_p(r)] = convert<T>(0.f);
+      }
+    }
+    return;
+  }
+  rows.load(g_state + slots.source * params.slot_stride, shape.p, shape.n);
+  MAMBA2_NO_UNROLL
+  for (int i_t = 0; i_t < shape.l; ++i_t) step_token(rows, params, i_b, i_t, i_h);
+  if (slots.target >= 0) {
+    rows.store(g_state + slots.target * params.slot_stride, shape.p, shape.n);
+  }
+}
+
+template <class L>
+int run_vectors(const StepParams& params, void* stream) {
+  const Shape& shape = params.in.shape;
+  LaunchShape at;
+  at.grid =
+      dim3(static_cast<unsigned>(shape.b * shape.h), ceil_div(shape.p, L::kRows * L::kGroups));
+  at.threads = kThreads;
+  return launch(ssd_step_vectors<L>, at, stream, params);
+}
+
+// Lanes as many as a row of the state has vectors.
+template <class S, class T>
+int run_vectors(const StepParams& params, void* stream) {
+  const int vectors = ceil_div(params.in.shape.n * static_cast<int>(sizeof(S)), kVectorBytes);
+  if (vectors <= 8) return run_vectors<Layout<S, T, 8, 1>>(params, stream);
+  if (vectors <= 16) return run_vectors<Layout<S, T, 16, 1>>(params, stream);
+  if (vectors <= 32) return run_vectors<Layout<S, T, 32, 1>>(params, stream);
+  return run_vectors<Layout<S, T, 32, 2>>(params, stream);
+}
+
+// ---- any sizes, any types ----
+
+constexpr int kAnyColumns = 8;  // a thread's: n <= 256
+
+template <class U>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
+    ssd_step_any(MAMBA2_GRID_CONSTANT const StepParams params) {
+  const Inputs& in = params.in;
+  const Shape& shape = in.shape;
+  const int lane = threadIdx.x % 32, i_h = blockIdx.x % shape.h;
+  const int i_g = i_h / shape.heads_per_group();
+  const int i_p = blockIdx.y * (kThreads / 32) + threadIdx.x / 32;
+  const int64_t i_b = blockIdx.x / shape.h;
+  if (i_p >= shape.p) return;
+  const StepSlots slots = slots_of(params, i_b);
+  const int64_t row = (int64_t(i_h) * shape.p + i_p) * shape.n;
+  const auto input = [&](const Strided& t, int64_t at) {
+    return load<U>(AnyFloat{t.ptr, in.dtype}, at);
+  };
+
+  U H[kAnyColumns];
+  for (int k = 0; k < kAnyColumns; ++k) {
+    const int i_n = k * 32 + lane;
+    const int64_t at = slots.source * params.slot_stride + row + i_n;
+    const bool there = slots.source >= 0 && i_n < shape.n;
+    H[k] = there ? load<U>(AnyFloat{params.state, params.state_dtype}, at) : U(0);
+  }
+  for (int i_t = 0; i_t < shape.l; ++i_t) {
+    const TokenWeights<U> weights = weights_of<U>(in, i_b, i_t, i_h);
+    const U x = input(in.x, at_token(in.x, i_b, i_t, i_h) + i_p);
+    U y = 0;
+    for (int k = 0; k < kAnyColumns; ++k) {
+      const int i_n = k * 32 + lane;
+      if (i_n >= shape.n) break;
+      const U B = input(in.B, at_token(in.B, i_b, i_t, i_g) + i_n);
+      H[k] = weights.decay * H[k] + weights.delta * x * B;
+      y += H[k] * input(in.C, at_token(in.C, i_b, i_t, i_g) + i_n);
+    }
+    y = sum_over_lanes<32>(y) + skip_weight<U>(in, i_h, i_p) * x;
+    if (in.z) y *= silu(input(in.z, at_token(in.z, i_b, i_t, i_h) + i_p));
+    const int64_t at = ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p + i_p;
+    if (lane == 0) store(params.y, in.dtype, at, slots.source >= 0 ? y : U(0));
+  }
+  if (slots.source < 0 || slots.target < 0) return;
+  for (int k = 0; k < kAnyColumns; ++k) {
+    const int i_n = k * 32 + lane;
+    const int64_t at = slots.target * params.slot_stride + row + i_n;
+    if (i_n < shape.n) store(params.state, params.state_dtype, at, H[k]);
+  }
+}
+
+int run_any(const StepParams& params, void* stream) {
+  const Shape& shape = params.in.shape;
+  return with_accumulator(params.in.dtype, [&](auto tag) {
+    using U = typename decltype(tag)::type;
+    LaunchShape at;
+    at.grid = dim3(static_cast<unsigned>(shape.b * shape.h), ceil_div(shape.p, kThreads / 32));
+    at.threads = kThreads;
+    return launch(ssd_step_any<U>, at, stream, params);
+  });
+}
+
+// Every row and every slot begins at a multiple of 16 bytes, B's and C's rows too.
+bool in_vectors(const StepParams& params) {
+  const auto whole = [](int64_t elements, DType dtype) {
+    return elements * int64_t(size_of(dtype)) % kVectorBytes == 0;
+  };
+  return whole(params.in.shape.n, params.state_dtype) &&
+         whole(params.in.shape.n, params.in.dtype) &&
+         whole(params.slot_stride, params.state_dtype) &&
+         reinterpret_cast<uintptr_t>(params.state) % kVectorBytes == 0;
+}
+
+}  // namespace
+
+int ssd_step(const StepParams& params, void* stream) {
+  const DType x = params.in.dtype, state = params.state_dtype;
+  if (!in_vectors(params)) return run_any(params, stream);
+  if (x == DType::f32 && state == DType::f32) return run_vectors<float, float>(params, stream);
+  if (x == DType::bf16 && state == DType::f32) return run_vectors<float, bf16>(params, stream);
+  if (x == DType::bf16 && state == DType::bf16) return run_vectors<bf16, bf16>(params, stream);
+  if (x == DType::bf16 && state == DType::f16) return run_vectors<f16, bf16>(params, stream);
+  if (x == DType::f16 && state == DType::f32) return run_vectors<float, f16>(params, stream);
+  if (x == DType::f16 && state == DType::f16) return run_vectors<f16, f16>(params, stream);
+  return run_any(params, stream);
+}
+
+}  // namespace mamba2::ssd
