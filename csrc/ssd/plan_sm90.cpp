@@ -14,7 +14,8 @@ bool supports(const Problem& problem, const Device& device) {
   const Shape& s = problem.shape;
   const bool card = device.major == 9 && device.minor == 0;
   const bool type = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
-  return card && type && !problem.backward && s.p % kP == 0 && s.p <= 256 &&
+  const bool gradients = s.p == kP && !problem.has_z;  // what the backward takes
+  return card && type && (gradients || !problem.backward) && s.p % kP == 0 && s.p <= 256 &&
          (s.n == 64 || s.n == 128);
 }
 

@@ -9,9 +9,4 @@ std::size_t backward_workspace_bytes(const Problem&, const Plan&, const Device&)
 int backward(const BackwardParams&, const Plan&, const Device&, void*, void*) { return 1; }
 }  // namespace sm80
 
-namespace sm90 {
-std::size_t backward_workspace_bytes(const Problem&, const Plan&, const Device&) { return 0; }
-int backward(const BackwardParams&, const Plan&, const Device&, void*, void*) { return 1; }
-}  // namespace sm90
-
 }  // namespace mamba2::ssd

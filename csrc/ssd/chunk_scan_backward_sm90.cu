@@ -1,0 +1,115 @@
+// chunk_scan_backward (sm_90a): all gradients that one chunk of q = 128 tokens can give, from the
+// state S that enters it and the gradient G of the state that leaves it.
+//
+//   dx_j = delta_j [2^(a_q - a_j) G B_j + sum_{i>=j} L_ij (C_i.B_j) dy_i] + D dy_j
+//   dB_j = sum over heads: delta_j [2^(a_q - a_j) G^T x_j + sum_{i>=j} L_ij (dy_i.x_j) C_i]
+//   dC_i = sum over heads: 2^a_i S^T dy_i + sum_{j<=i} L_ij delta_j (dy_i.x_j) B_j
+//   V_ij = L_ij (C_i.B_j) (dy_i.x_j): row sums R, column sums Q and, diagonal included, the direct
+//          part of d delta; E_i = 2^a_i dy_i.(S C_i), F_j, K = 2^a_q <G, S>, dD
+//
+// grid: (chunks x 2 blocks of 64 tokens, groups x slices of the group's heads). A block of threads
+//   owns 64 tokens, loops over its heads and keeps dB, dC and dCB, summed over heads, in registers.
+//   Its tokens are the j of all pairs (i, j): the earlier block also does the pairs with the later
+//   one, and what they give to the later tokens goes to dC_later and later_rows.
+// Warpgroups: a producer; the state side (products with S and G: dC, dB, E, K, dD); the token side
+//   (products of tokens, transposed: rows are j): dx, dCB, R, Q, F. C B^T is computed once and
+//   parked in shared memory in fp32; dCB meets B and C once, after the last head.
+// Shared memory: 2 stages x (x, dy of two blocks, S, G) + B, C of two blocks + C B^T: 206 KB at
+//   n = 128. Registers: 240 a consumer thread.
+// Bound by HBM (80 KB a chunk and head), with issue slots and the tensor pipe close behind.
+// Not supported: p other than 64, n other than 64 and 128.
+#include "../core/launch.h"
+#include "chunk_scan_backward_state_sm90.cuh"
+#include "chunk_scan_backward_tokens_sm90.cuh"
+
+namespace mamba2::ssd::sm90 {
+namespace {
+
+template <class T, int kN>
+MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
+                           const ScanTask& task) {
+  const Chunk& chunk = task.chunk;
+  const bool earlier = task.block == 0;
+  const int own = chunk.token + task.block * kBlock, later = chunk.token + kBlock;
+  constexpr uint32_t kGroupTile = sizeof(T) * kBlock * kN, kTile = sizeof(T) * kBlock * kHeadDim;
+  constexpr uint32_t kImage = sizeof(T) * kHeadDim * kN;
+
+  ptx::mbarrier_arrive_expect_tx(&s.group_full, (2 + earlier) * kGroupTile);
+  for (int panel = 0; panel < kN / 64; ++panel) {
+    const int at = panel * kBlock * 64, column = panel * 64;
+    ptx::tma_load_4d(s.B + at, &args.B, column, task.group, own, chunk.row, &s.group_full);
+    ptx::tma_load_4d(s.C[0] + at, &args.C, column, task.group, own, chunk.row, &s.group_full);
+    if (earlier)
+      ptx::tma_load_4d(s.C[1] + at, &args.C, column, task.group, later, chunk.row, &s.group_full);
+  }
+
+  constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
+  const uint32_t bytes = (2 + earlier) * kTile + 2 * kImage + 2 * kScalars + kDRow;
+  for (int i = 0; i < task.heads; ++i) {
+    const int head = task.first_head + i;
+    const int64_t index = args.head_at(task.i_chunk, head);
+    HeadStage<T, kN>& stage = s.stage[stage_of(i)];
+    ptx::Mbarrier* full = &s.ring.full[stage_of(i)];
+    ptx::mbarrier_wait(&s.ring.empty[stage_of(i)], phase_of(i) ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, bytes);
+    ptx::bulk_load(stage.G, static_cast<const T*>(args.d_states) + index * (kHeadDim * kN), kImage,
+                   full);
+    ptx::tma_load_4d(stage.x, &args.x, 0, head, own, chunk.row, full);
+    ptx::tma_load_4d(stage.dy[0], &args.dy, 0, head, own, chunk.row, full);
+    if (earlier) ptx::tma_load_4d(stage.dy[1], &args.dy, 0, head, later, chunk.row, full);
+    ptx::bulk_load(stage.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
+                   full);
+    ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + index * kBackwardQ, kScalars, full);
+    ptx::bulk_load(stage.delta, args.delta + index * kBackwardQ, kScalars, full);
+    ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
+  }
+}
+
+template <class T, int kN>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
+    chunk_scan_backward_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
+#if MAMBA2_SM90A
+  auto& s = *static_cast<ChunkScanBackwardSmem<T, kN>*>(ptx::dynamic_smem());
+  const ScanTask task(args);
+  if (task.chunk.i_seq < 0) return;
+  if (threadIdx.x == 0) {
+    s.ring.init(1, kScanConsumers / 32);
+    ptx::mbarrier_init(&s.group_full, 1);
+    for (int i = 0; i < kScanStages; ++i) ptx::mbarrier_init(&s.state_sums[i], 4);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = threadIdx.x / tile::kWarpgroup;
+  if (warpgroup == 2) {
+    ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == kScanConsumers) produce<T, kN>(args, s, task);
+    return;
+  }
+  ptx::setmaxnreg_inc<240>();
+  if (warpgroup == 0) {
+    if (task.block == 0)
+      StateSide<T, kN, true>(args, s, task).run();
+    else
+      StateSide<T, kN, false>(args, s, task).run();
+  } else {
+    if (task.block == 0)
+      TokenSide<T, kN, true>(args, s, task).run();
+    else
+      TokenSide<T, kN, false>(args, s, task).run();
+  }
+#endif
+}
+
+}  // namespace
+
+int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
+  return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
+    using T = decltype(element);
+    using Smem = ChunkScanBackwardSmem<T, n()>;
+    static_assert(sizeof(Smem) <= 227 * 1024, "shared memory of one block");
+    const LaunchShape at{dim3(2 * args.chunks, args.g * args.slices), kScanThreads, sizeof(Smem)};
+    return launch(chunk_scan_backward_kernel<T, n()>, at, stream, args);
+  });
+}
+
+}  // namespace mamba2::ssd::sm90

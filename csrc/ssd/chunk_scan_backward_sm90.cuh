@@ -1,0 +1,178 @@
+// chunk_scan_backward (sm_90a): its shared memory, its sums, and what both consumer warpgroups do.
+#pragma once
+#include "scan_backward_sm90.cuh"
+
+namespace mamba2::ssd::sm90 {
+
+constexpr int kScanStages = 2;
+constexpr int kScanConsumers = 2 * tile::kWarpgroup;
+constexpr int kScanThreads = kScanConsumers + tile::kWarpgroup;
+
+// Where the i-th head of a task lies in the ring.
+MAMBA2_DEVICE int stage_of(int i) { return i % kScanStages; }
+MAMBA2_DEVICE uint32_t phase_of(int i) { return i / kScanStages & 1; }
+
+// What belongs to one head.
+template <class T, int kN>
+struct alignas(1024) HeadStage {
+  T x[kBlock * kHeadDim];      // own tokens
+  T dy[2][kBlock * kHeadDim];  // own tokens; in the earlier block the later ones too
+  T S[kHeadDim * kN];          // panels [p][64 n]
+  T G[kHeadDim * kN];
+  float a_log2[kBackwardQ];  // of the whole chunk
+  float delta[kBackwardQ];
+  float D[kHeadDim];
+};
+
+// Sums that are put together at the end of a head.
+struct HeadSums {
+  float E[kBlock];
+  float V[kBlock];         // sum_{i>j} V_ij
+  float diagonal[kBlock];  // V_jj
+  float R[2][4][kBlock];   // own and later columns, by warp
+  float dy_x[kBlock];      // dy_j . x_j
+  float dD[4][kHeadDim];   // by warp, when D is per channel
+  float K[4];
+};
+
+template <class T, int kN>
+struct alignas(1024) ChunkScanBackwardSmem {
+  HeadStage<T, kN> stage[kScanStages];
+  T B[kBlock * kN];                   // own tokens: panels [token][64 n]
+  T C[2][kBlock * kN];                // own tokens, later tokens
+  T dx[kBlock * kHeadDim];            // [token][p], a warp's 16 rows at a time
+  float4 BC[2][8][tile::kWarpgroup];  // (C B^T)^T, an accumulator: [element / 4][thread]
+  HeadSums sums[kScanStages];
+  tile::Ring<kScanStages> ring;
+  ptx::Mbarrier group_full;               // B and C are in
+  ptx::Mbarrier state_sums[kScanStages];  // the state side's part of sums is in
+};
+
+enum ScanBarriers { kConsumersBarrier = 1, kTokenSideBarrier = 2 };
+
+// Which tokens and heads a block works on.
+struct ScanTask {
+  int i_chunk, block, group, slice, first_head, heads;
+  Chunk chunk;
+  MAMBA2_DEVICE explicit ScanTask(const BackwardArgs& args)
+      : i_chunk(blockIdx.x / 2),
+        block(blockIdx.x % 2),
+        group(blockIdx.y / args.slices),
+        slice(blockIdx.y % args.slices),
+        chunk(args.chunking.at(blockIdx.x / 2)) {
+    const int skipped = slice * args.heads_per_slice;
+    first_head = group * args.heads_per_group() + skipped;
+    heads = min(args.heads_per_slice, args.heads_per_group() - skipped);
+  }
+  // Tokens of the own block, of the later block; rows beyond belong to a neighbour.
+  MAMBA2_DEVICE int own() const { return max(0, min(kBlock, chunk.count - block * kBlock)); }
+  MAMBA2_DEVICE int later() const { return max(0, chunk.count - kBlock); }
+  MAMBA2_DEVICE bool ragged(const BackwardArgs& args) const {
+    return args.chunking.table && chunk.count < kBackwardQ;
+  }
+};
+
+// Row by row, a fragment times an accumulator of the same shape: this lane's part of the sum.
+template <class T>
+MAMBA2_DEVICE void row_dots(float (&sum)[2], const uint32_t (&a)[16], const float (&d)[32]) {
+  sum[0] = sum[1] = 0;
+  MAMBA2_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    const float2 v = unpack2<T>(a[i]);
+    sum[i & 1] += v.x * d[2 * i];
+    sum[i & 1] += v.y * d[2 * i + 1];
+  }
+}
+// Adds up the four lanes that share a row.
+MAMBA2_DEVICE float row_sum(float v) {
+  v += __shfl_xor_sync(kAllLanes, v, 1);
+  return v + __shfl_xor_sync(kAllLanes, v, 2);
+}
+// Lanes `bit` apart share out 2 kWidth columns: each keeps half of them, both parts added up.
+template <int kWidth>
+MAMBA2_DEVICE void share_columns(float (&v)[16], int lane, int bit) {
+  const bool upper = lane & bit;
+  MAMBA2_UNROLL
+  for (int i = 0; i < kWidth; ++i) {
+    const float keep = upper ? v[i + kWidth] : v[i];
+    const float give = upper ? v[i] : v[i + kWidth];
+    v[i] = keep + __shfl_xor_sync(kAllLanes, give, bit);
+  }
+}
+// A lane's parts of its 16 columns (two of each 8), added up over the 8 lanes that share them, to
+// sums[64]. Three exchanges leave two columns a lane.
+MAMBA2_DEVICE void column_sums(float (&v)[16], float* sums, int lane) {
+  share_columns<8>(v, lane, 16);
+  share_columns<4>(v, lane, 8);
+  share_columns<2>(v, lane, 4);
+  *reinterpret_cast<float2*>(sums + 2 * lane) = float2{v[0], v[1]};
+}
+
+// What both consumer warpgroups have and do.
+template <class T, int kN>
+struct ScanConsumer {
+  const BackwardArgs& args;
+  ChunkScanBackwardSmem<T, kN>& s;
+  const ScanTask& task;
+  const int thread;  // of the warpgroup
+  const tile::Lane me;
+
+  MAMBA2_DEVICE ScanConsumer(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
+                             const ScanTask& task)
+      : args(args), s(s), task(task), thread(threadIdx.x % tile::kWarpgroup), me(threadIdx.x) {}
+
+  MAMBA2_DEVICE void both() { ptx::bar_sync(kConsumersBarrier, kScanConsumers); }
+  // Where a (slices, chunks, g, rows, n) array holds this block's group; then this lane's element.
+  MAMBA2_DEVICE float* slice(float* array, int rows, int first_row) const {
+    const int64_t i = (int64_t(task.slice) * args.chunks + task.i_chunk) * args.g + task.group;
+    return array + (i * rows + first_row) * kN;
+  }
+  MAMBA2_DEVICE void store(float* rows, const float (&d)[kN / 2]) const {
+    MAMBA2_UNROLL
+    for (int e = 0; e < kN / 2; e += 2)
+      *reinterpret_cast<float2*>(rows + me.row((e >> 1) & 1) * kN + me.column(e / 4)) =
+          float2{d[e], d[e + 1]};
+  }
+  template <int kColumns>
+  MAMBA2_DEVICE void clear(T* tile, int count) const {
+    for (int panel = 0; panel < kColumns / 64; ++panel)
+      tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, threadIdx.x, kScanConsumers);
+  }
+  MAMBA2_DEVICE void wait_group() {
+    ptx::mbarrier_wait(&s.group_full, 0);
+    if (!task.ragged(args)) return;
+    clear<kN>(s.B, task.own());
+    clear<kN>(s.C[0], task.own());
+    if (task.block == 0) clear<kN>(s.C[1], task.later());
+    ptx::fence_proxy_async_shared();
+    both();
+  }
+  // The i-th head of the task.
+  MAMBA2_DEVICE HeadStage<T, kN>& wait_head(int i) {
+    HeadStage<T, kN>& stage = s.stage[stage_of(i)];
+    ptx::mbarrier_wait(&s.ring.full[stage_of(i)], phase_of(i));
+    if (task.ragged(args)) {
+      clear<kHeadDim>(stage.x, task.own());
+      clear<kHeadDim>(stage.dy[0], task.own());
+      if (task.block == 0) clear<kHeadDim>(stage.dy[1], task.later());
+      ptx::fence_proxy_async_shared();
+      both();
+    }
+    return stage;
+  }
+  // dCB, summed over heads and rounded, transposed ([j][i]); the ring is idle by then.
+  MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.stage[0].dy[0] : s.stage[0].x; }
+};
+
+// d (64, kN) += A B with A in registers; returns when it is done.
+template <class T, int kN, class BTile>
+MAMBA2_DEVICE void add_product(float (&d)[kN / 2], const uint32_t (&a)[16], const BTile& b) {
+  ptx::wgmma_fence_operand(d);
+  ptx::wgmma_fence();
+  tile::product_rs<T, kN, 4>(d, a, b, true);
+  ptx::wgmma_commit_group();
+  ptx::wgmma_wait_group<0>();
+  ptx::wgmma_fence_operand(d);
+}
+
+}  // namespace mamba2::ssd::sm90

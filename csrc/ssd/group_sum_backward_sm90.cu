@@ -1,0 +1,80 @@
+// group_sum (sm_90a backward): dB and dC of a chunk, added up over the slices of the group's heads
+// in their order and rounded; dD of a chunk, added up over its blocks of tokens (or the tokens
+// themselves).
+//
+// grid: (chunks, groups, and one more row for dD). Bound by HBM: 2 fp32 arrays (slices, tokens, g,
+// n) read, dB and dC written.
+#include "../core/launch.h"
+#include "scan_backward_sm90.cuh"
+
+namespace mamba2::ssd::sm90 {
+namespace {
+
+constexpr int kThreads = 256;
+
+MAMBA2_DEVICE void add(float4& sum, const float* from) {
+  const float4 v = *reinterpret_cast<const float4*>(from);
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
+template <class T>
+MAMBA2_DEVICE void store(const StridedOut& out, const Chunk& chunk, int row, int group, int column,
+                         const float4& v) {
+  const int64_t token = chunk.token + row;
+  T* to = static_cast<T*>(out.ptr) + chunk.row * out.b + token * out.l + group * out.h + column;
+  *reinterpret_cast<uint2*>(to) = uint2{pack2<T>(v.x, v.y), pack2<T>(v.z, v.w)};
+}
+
+template <class T>
+MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk) {
+  const int group = blockIdx.y, n = args.n;
+  const int64_t groups = int64_t(args.chunks) * args.g;
+  const int64_t here = int64_t(blockIdx.x) * args.g + group;
+  for (int i = threadIdx.x * 4; i < chunk.count * n; i += kThreads * 4) {
+    const int row = i / n;
+    float4 dB{}, dC{};
+    for (int slice = 0; slice < args.slices; ++slice) {
+      const int64_t at = slice * groups + here;
+      add(dB, args.dB_slices + at * kBackwardQ * n + i);
+      add(dC, args.dC_slices + at * kBackwardQ * n + i);
+      if (row >= kBlock) add(dC, args.dC_later + at * kBlock * n + i - kBlock * n);
+    }
+    store<T>(args.dB, chunk, row, group, i % n, dB);
+    store<T>(args.dC, chunk, row, group, i % n, dC);
+  }
+}
+
+MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
+  const int64_t width = int64_t(args.h) * kHeadDim;
+  const float* blocks = args.dD_blocks + blockIdx.x * 2 * width;
+  for (int i = threadIdx.x; i < width; i += kThreads) {
+    float sum = exists ? blocks[i] + blocks[width + i] : 0.f;
+    if (args.D_per_channel) {
+      args.dD[blockIdx.x * width + i] = sum;
+      continue;
+    }
+    // Two warps hold a head's 64 tokens: both add up all of them.
+    if (exists) sum += blocks[i ^ 32] + blocks[width + (i ^ 32)];
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (i % kHeadDim == 0) args.dD[int64_t(blockIdx.x) * args.h + i / kHeadDim] = sum;
+  }
+}
+
+template <class T>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
+    group_sum_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
+  const Chunk chunk = args.chunking.at(blockIdx.x);
+  if (int(blockIdx.y) == args.g)
+    sum_dD(args, chunk.i_seq >= 0);
+  else if (chunk.i_seq >= 0)
+    sum_slices<T>(args, chunk);
+}
+
+}  // namespace
+
+int group_sum(const BackwardArgs& args, DType dtype, void* stream) {
+  const LaunchShape at{dim3(args.chunks, args.g + (args.dD != nullptr)), kThreads};
+  return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args)
+                              : launch(group_sum_kernel<f16>, at, stream, args);
+}
+
+}  // namespace mamba2::ssd::sm90

@@ -1,0 +1,89 @@
+// The sm_90a backward: what its kernels share.
+//
+//   state_sweeps         S and G of every chunk: chunk_state and state_passing, forward in time for
+//                        the states, backward in time for their gradients
+//   chunk_scan_backward  everything else, a chunk at a time: dx, dB, dC, the parts of d delta, dD
+//   group_sum            slices of dB and dC added up and rounded; dD of a chunk
+//   delta_backward       d_dt, dA, d_dt_bias (delta_backward.h)
+//
+// S is the state that enters a chunk of q = 128 tokens, G the gradient of the state that leaves it.
+// A state in memory is an image of its tile in shared memory: n / 64 panels of (p = 64) x 64
+// elements, swizzled, so that one bulk copy moves it and wgmma reads it as it lies.
+#pragma once
+#include "../tile/sm90.cuh"
+#include "chunks.cuh"
+#include "params.h"
+
+namespace mamba2::ssd::sm90 {
+
+constexpr int kBackwardQ = 128;  // tokens a chunk: twice as many would double the work on U
+constexpr int kBlock = 64;       // tokens a block: M of one wgmma, a box of a tensor map
+constexpr int kHeadDim = 64;     // p
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct BackwardArgs {
+  ptx::TensorMap x, dy, B, C;  // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
+  Chunking chunking;           // q = 128
+  int chunks;                  // bound of the chunk index
+  int rows;                    // sequences
+  int h, g, n;
+  int slices, heads_per_slice;  // of a group's heads: each has its own sums of dB and dC
+  const float* delta;           // (chunks, h, q)
+  const float* a_cumsum_log2;   // (chunks, h, q)
+  AnyFloat D;                   // (h) or (h, p), optional
+  bool D_per_channel;
+  AnyFloat initial_states;      // (nseq, h, p, n), optional
+  const float* d_final_states;  // (nseq, h, p, n), optional
+  float* d_initial_states;      // (nseq, h, p, n), optional
+  void* states;                 // (chunks, h, p n)   T, images: S
+  void* d_states;               // (chunks, h, p n)   T, images: G
+  float* D_rows;                // (h, p)             D, spread over channels; 0 without D
+  StridedOut dx;                // (b, l, h, p)       T
+  float* rows_out;              // (chunks, h, q)     R_i - Q_i, and E_i in the later block
+  float* later_rows;            // (chunks, h, q)     E_i; in the later block R_i over the earlier
+  float* columns;               // (chunks, h, q)     sum_{i>=j} V_ij
+  float* to_state;              // (chunks, h, q)     F_j / delta_j
+  float* through;               // (chunks, h)        K
+  float* dD_blocks;             // (chunks, 2, h, 64)  by channel, or by token of the block
+  float* dB_slices;             // (slices, chunks, g, q, n)
+  float* dC_slices;             // (slices, chunks, g, q, n)
+  float* dC_later;              // (slices, chunks, g, 64, n): the later block's, from the earlier
+  StridedOut dB, dC;            // (b, l, g, n)       T
+  float* dD;                    // (chunks, h) or (chunks, h, p), optional
+
+  MAMBA2_HD int heads_per_group() const { return h / g; }
+  MAMBA2_HD int64_t head_at(int64_t chunk, int head) const { return chunk * h + head; }
+};
+
+// Each queues one kernel and returns a cudaError_t as int.
+int state_sweeps(const BackwardArgs& args, DType dtype, void* stream);
+int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream);
+int group_sum(const BackwardArgs& args, DType dtype, void* stream);
+
+// Calls f(T{}, integral_constant n) for the instances there are.
+template <class F>
+int dispatch_backward(DType dtype, int n, F&& f) {
+  const auto with_n = [&](auto element) {
+    return n == 64 ? f(element, std::integral_constant<int, 64>{})
+                   : f(element, std::integral_constant<int, 128>{});
+  };
+  return dtype == DType::bf16 ? with_n(bf16{}) : with_n(f16{});
+}
+
+// All lanes of a warp are done with what came before: one arrival.
+MAMBA2_DEVICE void arrive_warp(ptx::Mbarrier* barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(barrier);
+}
+// A fragment's rows times their weights: register i holds row 8 (i & 1).
+template <class T>
+MAMBA2_DEVICE void scale_rows(uint32_t (&out)[16], const uint32_t (&a)[16],
+                              const float (&weight)[2]) {
+  MAMBA2_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    const float2 v = unpack2<T>(a[i]);
+    out[i] = pack2<T>(v.x * weight[i & 1], v.y * weight[i & 1]);
+  }
+}
+
+}  // namespace mamba2::ssd::sm90

@@ -1,0 +1,268 @@
+// state_sweeps (sm_90a): the states S that enter chunks and the gradients G of those that leave.
+//
+//   S <- 2^a_q S + sum_j 2^(a_q - a_j) delta_j x_j B_j^T     forward in time, from initial_states
+//   G <- 2^a_q G + sum_i 2^a_i dy_i C_i^T                    backward in time, from d_final_states
+//
+// Both are one loop: a state (64 p, n) in the fp32 accumulators of a warpgroup; chunk by chunk it
+// is written out as it is, rounded, then scaled and added to. The A operand is the transpose of the
+// tokens' tile, weighted in registers; the B operand the tile of B or C, shared by two heads.
+//
+// grid: (sequences x pairs of heads, 2 directions); a producer warp and two consumer warpgroups,
+// one
+//   head each.
+// Shared memory: 4 stages x (64 tokens of B or C, x or dy of 2 heads) + 2 images: 163 KB at n =
+// 128. Bound by HBM: per head and chunk 16 KB read and 16 KB written in each direction.
+#include "../core/launch.h"
+#include "scan_backward_sm90.cuh"
+
+namespace mamba2::ssd::sm90 {
+namespace {
+
+constexpr int kHeads = 2, kStages = 4;
+constexpr int kConsumerThreads = kHeads * tile::kWarpgroup, kThreads = kConsumerThreads + 32;
+enum Barriers { kHeadBarrier = 1, kTailBarrier = kHeadBarrier + kHeads };
+
+template <class T, int kN>
+struct alignas(1024) SweepStage {
+  T operand[kBlock * kN];               // B or C: panels [token][64 n]
+  T tokens[kHeads][kBlock * kHeadDim];  // x or dy: [token][p]
+};
+template <class T, int kN>
+struct alignas(1024) SweepSmem {
+  SweepStage<T, kN> stage[kStages];
+  T image[kHeads][kHeadDim * kN];
+  float weight[2][kHeads][kBackwardQ];  // by parity of the chunk
+  tile::Ring<kStages> ring;
+};
+
+// What one block sweeps over.
+struct Sweep {
+  bool reverse;
+  int i_seq, group, first_head, heads;
+  int first_chunk, chunks;
+  MAMBA2_DEVICE explicit Sweep(const BackwardArgs& args) {
+    const int pairs = ceil_div(args.heads_per_group(), kHeads);
+    const int pair = blockIdx.x % pairs;
+    reverse = blockIdx.y == 1;
+    group = blockIdx.x / pairs % args.g;
+    i_seq = blockIdx.x / pairs / args.g;
+    first_head = group * args.heads_per_group() + pair * kHeads;
+    heads = min(kHeads, args.heads_per_group() - pair * kHeads);
+    first_chunk = args.chunking.first(i_seq);
+    chunks = args.chunking.count(i_seq);
+  }
+  MAMBA2_DEVICE int chunk(int k) const { return first_chunk + (reverse ? chunks - 1 - k : k); }
+};
+MAMBA2_DEVICE int blocks_of(const Chunk& chunk) { return chunk.count > kBlock ? 2 : 1; }
+
+template <class T, int kN>
+MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN>& s, const Sweep& sweep) {
+  const ptx::TensorMap* operand = sweep.reverse ? &args.C : &args.B;
+  const ptx::TensorMap* tokens = sweep.reverse ? &args.dy : &args.x;
+  const uint32_t bytes = sizeof(T) * kBlock * (kN + sweep.heads * kHeadDim);
+  tile::RingPosition<kStages> at;
+  for (int k = 0; k < sweep.chunks; ++k) {
+    const Chunk chunk = args.chunking.at(sweep.chunk(k));
+    for (int block = 0; block < blocks_of(chunk); ++block) {
+      SweepStage<T, kN>& stage = s.stage[at.stage];
+      ptx::Mbarrier* full = &s.ring.full[at.stage];
+      const int token = chunk.token + block * kBlock;
+      ptx::mbarrier_wait(&s.ring.empty[at.stage], at.phase ^ 1);
+      ptx::mbarrier_arrive_expect_tx(full, bytes);
+      for (int panel = 0; panel < kN / 64; ++panel)
+        ptx::tma_load_4d(stage.operand + panel * kBlock * 64, operand, panel * 64, sweep.group,
+                         token, chunk.row, full);
+      for (int i = 0; i < sweep.heads; ++i)
+        ptx::tma_load_4d(stage.tokens[i], tokens, 0, sweep.first_head + i, token, chunk.row, full);
+      at.advance();
+    }
+  }
+}
+
+// What a token of the chunk adds to the state, and what the chunk lets through.
+struct Scalars {
+  float a_log2 = 0, delta = 0, a_last_log2 = 0;
+  MAMBA2_DEVICE Scalars() {}
+  MAMBA2_DEVICE Scalars(const BackwardArgs& args, int chunk, int head, int token) {
+    const int64_t at = args.head_at(chunk, head) * kBackwardQ;
+    a_log2 = args.a_cumsum_log2[at + token];
+    delta = args.delta[at + token];
+    a_last_log2 = args.a_cumsum_log2[at + kBackwardQ - 1];
+  }
+  MAMBA2_DEVICE float weight(bool reverse) const {
+    return reverse ? ptx::ex2(a_log2) : ptx::ex2(a_last_log2 - a_log2) * delta;
+  }
+};
+
+template <class T, int kN>
+struct Consumer {
+  const BackwardArgs& args;
+  SweepSmem<T, kN>& s;
+  const Sweep& sweep;
+  const int i, thread, head;  // which of the block's heads
+  const bool active;
+  const tile::Lane me;
+  tile::RingPosition<kStages> at;
+  float state[kN / 2];
+
+  MAMBA2_DEVICE Consumer(const BackwardArgs& args, SweepSmem<T, kN>& s, const Sweep& sweep)
+      : args(args),
+        s(s),
+        sweep(sweep),
+        i(threadIdx.x / tile::kWarpgroup),
+        thread(threadIdx.x % tile::kWarpgroup),
+        head(sweep.first_head + i),
+        active(i < sweep.heads),
+        me(threadIdx.x) {}
+
+  MAMBA2_DEVICE void barrier() { ptx::bar_sync(kHeadBarrier + i, tile::kWarpgroup); }
+  // Element e of this thread in (nseq, h, p, n).
+  MAMBA2_DEVICE int64_t element(int e) const {
+    const int64_t row = (int64_t(sweep.i_seq) * args.h + head) * kHeadDim + me.row((e >> 1) & 1);
+    return row * kN + me.column(e / 4) + (e & 1);
+  }
+
+  template <class From>
+  MAMBA2_DEVICE void load_state(const From* from) {
+    MAMBA2_UNROLL
+    for (int e = 0; e < kN / 2; ++e) state[e] = convert<float>(from[element(e)]);
+  }
+  MAMBA2_DEVICE void begin() {
+    MAMBA2_UNROLL
+    for (int e = 0; e < kN / 2; ++e) state[e] = 0;
+    if (sweep.reverse) {
+      if (args.d_final_states) load_state(args.d_final_states);
+    } else if (args.initial_states.ptr) {
+      if (args.initial_states.dtype == DType::f32)
+        load_state(static_cast<const float*>(args.initial_states.ptr));
+      else
+        load_state(static_cast<const T*>(args.initial_states.ptr));
+    }
+  }
+  MAMBA2_DEVICE void end() {
+    if (!sweep.reverse || !args.d_initial_states) return;
+    MAMBA2_UNROLL
+    for (int e = 0; e < kN / 2; e += 2)
+      *reinterpret_cast<float2*>(args.d_initial_states + element(e)) =
+          float2{state[e], state[e + 1]};
+  }
+
+  // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
+  MAMBA2_DEVICE void write_state(int chunk, const Scalars& scalars, int parity) {
+    if (thread == 0) ptx::bulk_wait_group_read<0>();
+    s.weight[parity][i][thread] = scalars.weight(sweep.reverse);
+    barrier();
+    MAMBA2_UNROLL
+    for (int step = 0; step < kN / 16; ++step) {
+      const float* e = state + 8 * step;
+      const uint32_t r[4] = {pack2<T>(e[0], e[1]), pack2<T>(e[2], e[3]), pack2<T>(e[4], e[5]),
+                             pack2<T>(e[6], e[7])};
+      tile::store_fragment(s.image[i] + step / 4 * kHeadDim * 64, r, step % 4, me);
+    }
+    ptx::fence_proxy_async_shared();
+    barrier();
+    if (thread == 0) {
+      T* out = static_cast<T*>(sweep.reverse ? args.d_states : args.states);
+      ptx::bulk_store(out + args.head_at(chunk, head) * (kHeadDim * kN), s.image[i],
+                      sizeof(T) * kHeadDim * kN);
+      ptx::bulk_commit_group();
+    }
+  }
+
+  // state += tokens^T diag(weight) operand, over one block of 64 tokens.
+  MAMBA2_DEVICE void add_block(const SweepStage<T, kN>& stage, const float* weight) {
+    uint32_t a[16];
+    tile::load_transposed<4>(a, stage.tokens[i], me);
+    MAMBA2_UNROLL
+    for (int r = 0; r < 16; ++r) {
+      const float2 v = unpack2<T>(a[r]);
+      const float2 w = *reinterpret_cast<const float2*>(weight + me.column(r / 2));
+      a[r] = pack2<T>(v.x * w.x, v.y * w.y);
+    }
+    ptx::wgmma_fence_operand(state);
+    ptx::wgmma_fence();
+    tile::product_rs<T, kN, 4>(state, a, tile::MnMajor<kBlock>{stage.operand}, true);
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(state);
+  }
+
+  // Rows that belong to the next sequence become zero.
+  MAMBA2_DEVICE void clear_tail(SweepStage<T, kN>& stage, int count) {
+    for (int panel = 0; panel < kN / 64; ++panel)
+      tile::zero_rows<kBlock>(stage.operand + panel * kBlock * 64, count, threadIdx.x,
+                              kConsumerThreads);
+    if (active) tile::zero_rows<kBlock>(stage.tokens[i], count, thread, tile::kWarpgroup);
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(kTailBarrier, kConsumerThreads);
+  }
+
+  MAMBA2_DEVICE void run() {
+    if (active) begin();
+    Scalars next;
+    if (active && sweep.chunks > 0) next = Scalars(args, sweep.chunk(0), head, thread);
+    for (int k = 0; k < sweep.chunks; ++k) {
+      const Chunk chunk = args.chunking.at(sweep.chunk(k));
+      const Scalars now = next;
+      if (active && k + 1 < sweep.chunks) next = Scalars(args, sweep.chunk(k + 1), head, thread);
+      if (active) {
+        write_state(sweep.chunk(k), now, k & 1);
+        const float through = ptx::ex2(now.a_last_log2);
+        MAMBA2_UNROLL
+        for (int e = 0; e < kN / 2; ++e) state[e] *= through;
+      }
+      for (int block = 0; block < blocks_of(chunk); ++block) {
+        SweepStage<T, kN>& stage = s.stage[at.stage];
+        const int count = chunk.count - block * kBlock;
+        ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
+        if (args.chunking.table && count < kBlock) clear_tail(stage, count);
+        if (active) add_block(stage, s.weight[k & 1][i] + block * kBlock);
+        arrive_warp(&s.ring.empty[at.stage], me.lane);
+        at.advance();
+      }
+    }
+    if (active) end();
+    if (active && thread == 0) ptx::bulk_wait_group<0>();
+  }
+};
+
+// D as (h, p) fp32, for the next kernel.
+MAMBA2_DEVICE void spread_D(const BackwardArgs& args, const Sweep& sweep) {
+  for (int i = threadIdx.x; i < sweep.heads * kHeadDim; i += kThreads) {
+    const int at = sweep.first_head * kHeadDim + i;
+    args.D_rows[at] =
+        args.D.ptr ? load<float>(args.D, args.D_per_channel ? at : at / kHeadDim) : 0.f;
+  }
+}
+
+template <class T, int kN>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
+    state_sweeps_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
+#if MAMBA2_SM90A
+  SweepSmem<T, kN>& s = *static_cast<SweepSmem<T, kN>*>(ptx::dynamic_smem());
+  const Sweep sweep(args);
+  if (threadIdx.x == 0) {
+    s.ring.init(1, kConsumerThreads / 32);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (sweep.i_seq == 0 && !sweep.reverse) spread_D(args, sweep);
+  if (threadIdx.x < kConsumerThreads)
+    Consumer<T, kN>(args, s, sweep).run();
+  else if (threadIdx.x == kConsumerThreads)
+    produce<T, kN>(args, s, sweep);
+#endif
+}
+
+}  // namespace
+
+int state_sweeps(const BackwardArgs& args, DType dtype, void* stream) {
+  return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
+    using T = decltype(element);
+    const unsigned pairs = args.g * ceil_div(args.heads_per_group(), kHeads);
+    const LaunchShape at{dim3(pairs * args.rows, 2), kThreads, sizeof(SweepSmem<T, n()>)};
+    return launch(state_sweeps_kernel<T, n()>, at, stream, args);
+  });
+}
+
+}  // namespace mamba2::ssd::sm90

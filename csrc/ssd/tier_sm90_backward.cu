@@ -1,0 +1,164 @@
+// Tier sm90, backward: chunk_cumsum, state_sweeps, chunk_scan_backward, group_sum, delta_backward
+// (scan_backward_sm90.cuh says what each does).
+// Workspace: mostly S and G of every chunk of 128 tokens, in x's dtype: 2 x 64 n x 2 bytes a head,
+// 335 MB each at b 8, l 4096, h 80, n 128.
+#include <algorithm>
+
+#include "../core/tensor_map.h"
+#include "../core/workspace.h"
+#include "delta_backward.h"
+#include "launch.h"
+#include "scan_backward_sm90.cuh"
+#include "tiers.h"
+
+namespace mamba2::ssd::sm90 {
+namespace {
+
+// The time of a block that does not depend on its heads (loading B and C, storing dB and dC), in
+// heads.
+constexpr int64_t kBlockOverheadHeads = 3;
+// With batch_invariant: slices of so many heads, whatever else there is to fill the card with.
+constexpr int kInvariantSliceHeads = 20;
+
+// How many heads of a group one block takes: the split that keeps the card busy with few blocks.
+int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) {
+  const int heads = shape.heads_per_group();
+  if (plan.batch_invariant) return std::min(heads, kInvariantSliceHeads);
+  const int64_t blocks = 2 * shape.chunks(kBackwardQ) * shape.g, sms = std::max(1, device.sm_count);
+  const auto cost = [&](int slices) {
+    return ceil_div(blocks * slices, sms) * (ceil_div(heads, slices) + kBlockOverheadHeads);
+  };
+  int best = 1;
+  for (int slices = 2; slices <= heads; ++slices)
+    if (cost(slices) < cost(best)) best = slices;
+  return ceil_div(heads, best);
+}
+
+// What lies in the workspace; args points into it. With no memory behind it, it only counts.
+struct Memory {
+  void *chunk_table, *delta_backward;
+  float *delta, *a_cumsum_log2, *dD;
+  Memory(const Shape& shape, DType dtype, BackwardArgs* args, Workspace& memory) {
+    const int64_t chunks = shape.chunks(kBackwardQ), heads = chunks * shape.h;
+    const int64_t groups = chunks * shape.g * args->slices * shape.n;
+    const auto images = heads * shape.p * shape.n * size_of(dtype);
+    chunk_table = memory.take(chunking_bytes(shape, kBackwardQ));
+    delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
+    delta = memory.take_array<float>(heads * kBackwardQ);
+    a_cumsum_log2 = memory.take_array<float>(heads * kBackwardQ);
+    args->rows_out = memory.take_array<float>(heads * kBackwardQ);
+    args->later_rows = memory.take_array<float>(heads * kBackwardQ);
+    args->columns = memory.take_array<float>(heads * kBackwardQ);
+    args->to_state = memory.take_array<float>(heads * kBackwardQ);
+    args->through = memory.take_array<float>(heads);
+    args->D_rows = memory.take_array<float>(int64_t(shape.h) * shape.p);
+    args->dD_blocks = memory.take_array<float>(heads * 2 * shape.p);
+    dD = memory.take_array<float>(heads * shape.p);
+    args->dB_slices = memory.take_array<float>(groups * kBackwardQ);
+    args->dC_slices = memory.take_array<float>(groups * kBackwardQ);
+    args->dC_later = memory.take_array<float>(groups * kBlock);
+    args->states = memory.take(images);
+    args->d_states = memory.take(images);
+  }
+};
+
+void set_slices(BackwardArgs* args, const Shape& shape, const Plan& plan, const Device& device) {
+  args->heads_per_slice = heads_per_slice(shape, plan, device);
+  args->slices = ceil_div(shape.heads_per_group(), args->heads_per_slice);
+}
+
+// (b, l, h or g, width), innermost first; boxes of 64 tokens x 64 columns.
+int map_of(ptx::TensorMap* map, const Inputs& in, const Strided& tensor, int heads, int width) {
+  const int64_t size = static_cast<int64_t>(size_of(in.dtype));
+  const int64_t dims[4] = {width, heads, in.shape.l, in.shape.b};
+  const int64_t strides[3] = {tensor.h * size, tensor.l * size, tensor.b * size};
+  const int box[4] = {tile::kPanelColumns, 1, kBlock, 1};
+  return make_tensor_map(map, in.dtype, tensor.ptr, 4, dims, strides, box, true);
+}
+
+int make_maps(const BackwardParams& params, BackwardArgs* args) {
+  const Inputs& in = params.in;
+  const Shape& shape = in.shape;
+  if (const int error = map_of(&args->x, in, in.x, shape.h, shape.p)) return error;
+  if (const int error = map_of(&args->dy, in, params.dy, shape.h, shape.p)) return error;
+  if (const int error = map_of(&args->B, in, in.B, shape.g, shape.n)) return error;
+  return map_of(&args->C, in, in.C, shape.g, shape.n);
+}
+
+void set_arguments(const BackwardParams& params, const Memory& memory, BackwardArgs* args) {
+  const Inputs& in = params.in;
+  args->chunks = static_cast<int>(in.shape.chunks(kBackwardQ));
+  args->rows = static_cast<int>(in.shape.nseq);
+  args->h = in.shape.h;
+  args->g = in.shape.g;
+  args->n = in.shape.n;
+  args->delta = memory.delta;
+  args->a_cumsum_log2 = memory.a_cumsum_log2;
+  args->D = in.D;
+  args->D_per_channel = in.D_per_channel;
+  args->initial_states = in.initial_states;
+  args->d_final_states = static_cast<const float*>(params.d_final_states);
+  args->d_initial_states = static_cast<float*>(params.d_initial_states);
+  args->dx = params.dx;
+  args->dB = params.dB;
+  args->dC = params.dC;
+  args->dD = params.dD ? memory.dD : nullptr;
+}
+
+DeltaGradientParts parts_of(const BackwardArgs& args, int p) {
+  DeltaGradientParts parts;
+  parts.delta = args.delta;
+  parts.rows = args.rows_out;
+  parts.columns = args.columns;
+  parts.from_state = args.later_rows;
+  parts.to_state = args.to_state;
+  parts.through = args.through;
+  parts.dD = args.dD;
+  parts.dD_width = args.D_per_channel ? args.h * p : args.h;
+  return parts;
+}
+
+}  // namespace
+
+std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan,
+                                     const Device& device) {
+  BackwardArgs args{};
+  set_slices(&args, problem.shape, plan, device);
+  Workspace counted;
+  Memory(problem.shape, problem.dtype, &args, counted);
+  return counted.bytes();
+}
+
+int backward(const BackwardParams& params, const Plan& plan, const Device& device, void* workspace,
+             void* stream) {
+  const Inputs& in = params.in;
+  const Shape& shape = in.shape;
+  BackwardArgs args{};
+  set_slices(&args, shape, plan, device);
+  Workspace carved(workspace);
+  const Memory memory(shape, in.dtype, &args, carved);
+  set_arguments(params, memory, &args);
+  if (const int error = make_maps(params, &args)) return error;
+  if (const int error = make_chunking(in, kBackwardQ, memory.chunk_table, &args.chunking, stream)) {
+    return error;
+  }
+  if (const int error =
+          chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream)) {
+    return error;
+  }
+  if (const int error = state_sweeps(args, in.dtype, stream)) return error;
+  if (const int error = chunk_scan_backward(args, in.dtype, stream)) return error;
+  if (const int error = group_sum(args, in.dtype, stream)) return error;
+  if (const int error = delta_backward(params, parts_of(args, shape.p), args.chunking, args.chunks,
+                                       memory.delta_backward, stream)) {
+    return error;
+  }
+  ZeroTargets outside;
+  outside.add(params.dx, shape.h, shape.p, in.dtype);
+  outside.add(params.d_dt, shape.h, 1, in.dt_dtype);
+  outside.add(params.dB, shape.g, shape.n, in.dtype);
+  outside.add(params.dC, shape.g, shape.n, in.dtype);
+  return zero_outside(shape, args.chunking, outside, stream);
+}
+
+}  // namespace mamba2::ssd::sm90

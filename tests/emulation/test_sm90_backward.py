@@ -1,0 +1,62 @@
+"""The sm_90a backward's own source on the emulated card, against the reference: ragged tails,
+packed sequences, resets, groups, slices of heads, states and their gradients. The hardware's copies
+and products come early, late or at random."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import Case, make_gradients, make_inputs
+from common import check, run_ops
+
+SM90, INVARIANT = 3, 3 | 1 << 8
+
+PER_ROW = ("x", "dt", "B", "C", "initial_states")  # inputs
+
+BASE = Case(b=1, l=150, h=2, p=64, g=1, n=64, dtype=torch.bfloat16, D="h", dt_bias=True)
+CASES = {
+    "plain": dict(),
+    "one block of tokens": dict(l=40, d_final_states=False, seed=1),
+    "whole chunks": dict(l=256, h=1, seed=2),
+    "two rows, odd heads": dict(b=2, l=133, h=3, initial_states="working", seed=3),
+    "n 128": dict(n=128, initial_states="x", seed=4),
+    "D per channel": dict(D="hp", l=70, seed=5),
+    "no D, no bias": dict(D=None, dt_bias=False, dt_softplus=False, seed=6),
+    "groups": dict(h=6, g=2, l=70, n=128, seed=7),
+    "fp16": dict(dtype=torch.float16, seed=8),
+    "fp32 dt": dict(dt_dtype=torch.float32, dt_limit=(0.05, 0.12), seed=9),
+    "packed": dict(l=300, cu_seqlens=(0, 3, 3, 70, 230, 300), initial_states="working", seed=10),
+    "packed, tokens outside": dict(l=300, n=128, cu_seqlens=(5, 70, 71, 260), seed=11),
+    "resets": dict(seq_idx=True, initial_states="working", seed=12),
+    "weak decay": dict(decay="weak", l=300, seed=13),
+    "strong decay": dict(decay="strong", l=300, seed=14),
+    "sliced": dict(sliced=True, seed=15),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backward(emulated, name):
+    emulated.schedule(seed=len(name), timing=("random", "late", "early")[len(name) % 3], sms=3)
+    check(run_ops(emulated.ops, plan=SM90), dataclasses.replace(BASE, **CASES[name]))
+
+
+@pytest.mark.parametrize("sms", [1, 132])
+def test_slices_of_heads(emulated, sms):
+    """One slice on a small card, one head a slice on a large one."""
+    emulated.schedule(seed=sms, sms=sms)
+    check(run_ops(emulated.ops, plan=SM90), dataclasses.replace(BASE, h=5, seed=16))
+
+
+def test_sequences_do_not_depend_on_their_neighbours(emulated):
+    """With batch_invariant, a row's gradients are the same bits alone and in a batch."""
+    case = dataclasses.replace(BASE, b=2, l=140, h=3, initial_states="working", seed=17)
+    inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
+    emulated.schedule(sms=132)
+    together = run_ops(emulated.ops, plan=INVARIANT)(inputs, dy, d_final)
+    for row in range(2):
+        mine = {k: v[row : row + 1] if k in PER_ROW else v for k, v in inputs.items()}
+        mine = run_ops(emulated.ops, plan=INVARIANT)(
+            mine, dy[row : row + 1], d_final[row : row + 1]
+        )
+        for name in ("dx", "d_dt", "dB", "dC", "d_initial_states"):
+            assert torch.equal(mine[name], together[name][row : row + 1]), name
