@@ -101,7 +101,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
   const int head_tiles = ceil_div(params.h, kHeads);
   const int i_chunk = blockIdx.x / head_tiles, head_base = blockIdx.x % head_tiles * kHeads;
   ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
   const Chunk chunk = params.chunking.at(i_chunk);
   if (chunk.i_seq < 0) return;
 
@@ -132,7 +131,6 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
   at.grid = dim3(static_cast<unsigned>(chunks * ceil_div(params.h, kHeads)));
   at.threads = kThreads;
   at.smem_bytes = sizeof(CumsumShared<q>);
-  at.programmatic = params.chunking.table != nullptr;  // then chunk_table runs before it
   return launch(chunk_cumsum_kernel<q>, at, stream, params);
 }
 

@@ -340,19 +340,19 @@ int choose_items(int items_per_group, int64_t pairs, int64_t blocks_at_once) {
 }
 
 template <class T, int tile_p>
-int run(ChunkScanParams params, int64_t chunks, int sm_count, void* stream) {
+int run(ChunkScanParams params, int64_t chunks, const Device& device, void* stream) {
   using Tile = ScanTile<T, tile_p>;
   const int groups = params.h / params.heads_per_group;
   params.p_tiles = ceil_div(params.p, tile_p);
   params.items_per_group = params.heads_per_group * params.p_tiles;
-  params.items_per_block =
-      choose_items(params.items_per_group, chunks * groups, int64_t(Tile::kBlocksPerSM) * sm_count);
+  params.items_per_block = choose_items(params.items_per_group, chunks * groups,
+                                        int64_t(Tile::kBlocksPerSM) * device.sm_count);
   params.blocks_per_group = ceil_div(params.items_per_group, params.items_per_block);
   LaunchShape at;
   at.grid = dim3(static_cast<unsigned>(chunks * groups * params.blocks_per_group));
   at.threads = kThreads;
   at.smem_bytes = sizeof(typename Tile::Shared);
-  at.programmatic = true;
+  at.programmatic = device.major >= 9;
   return launch(chunk_scan_kernel<Tile>, at, stream, params);
 }
 
@@ -361,11 +361,11 @@ int choose_tile_p(const ChunkScanParams& params, int64_t chunks, const Device& d
                   void* stream) {
   switch (head_dim_tile(params.p, device)) {
     case 32:
-      return run<T, 32>(params, chunks, device.sm_count, stream);
+      return run<T, 32>(params, chunks, device, stream);
     case 64:
-      return run<T, 64>(params, chunks, device.sm_count, stream);
+      return run<T, 64>(params, chunks, device, stream);
     default:
-      return run<T, 80>(params, chunks, device.sm_count, stream);
+      return run<T, 80>(params, chunks, device, stream);
   }
 }
 

@@ -236,23 +236,25 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 
 }
 
 template <class T, int tile_p, int tile_n>
-int run(const ChunkStateParams& params, int64_t nseq, void* stream) {
+int run(const ChunkStateParams& params, int64_t nseq, const Device& device, void* stream) {
   using Tile = StateTile<T, tile_p, tile_n>;
   LaunchShape at;
   at.grid = dim3(static_cast<unsigned>(nseq * params.h * ceil_div(params.p, tile_p) *
                                        ceil_div(params.n, tile_n)));
   at.threads = Tile::kThreads;
   at.smem_bytes = sizeof(typename Tile::Shared);
-  at.programmatic = true;
+  at.programmatic = device.major >= 9;
   return launch(chunk_state_kernel<Tile>, at, stream, params);
 }
 
 template <class T, int tile_p>
-int choose_tile_n(const ChunkStateParams& params, int64_t nseq, int sm_count, void* stream) {
+int choose_tile_n(const ChunkStateParams& params, int64_t nseq, const Device& device,
+                  void* stream) {
   // Two blocks an SM hide the latency of a step; below that, halve the tiles.
   const int64_t blocks = nseq * params.h * ceil_div(params.p, tile_p) * ceil_div(params.n, 128);
-  return params.n > 64 && blocks >= 2 * sm_count ? run<T, tile_p, 128>(params, nseq, stream)
-                                                 : run<T, tile_p, 64>(params, nseq, stream);
+  return params.n > 64 && blocks >= 2 * device.sm_count
+             ? run<T, tile_p, 128>(params, nseq, device, stream)
+             : run<T, tile_p, 64>(params, nseq, device, stream);
 }
 
 template <class T>
@@ -260,11 +262,11 @@ int choose_tile_p(const ChunkStateParams& params, int64_t nseq, const Device& de
                   void* stream) {
   switch (head_dim_tile(params.p, device)) {
     case 32:
-      return choose_tile_n<T, 32>(params, nseq, device.sm_count, stream);
+      return choose_tile_n<T, 32>(params, nseq, device, stream);
     case 64:
-      return choose_tile_n<T, 64>(params, nseq, device.sm_count, stream);
+      return choose_tile_n<T, 64>(params, nseq, device, stream);
     default:
-      return choose_tile_n<T, 80>(params, nseq, device.sm_count, stream);
+      return choose_tile_n<T, 80>(params, nseq, device, stream);
   }
 }
 
