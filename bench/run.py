@@ -53,16 +53,24 @@ def main():
         **rows.provenance(command, options.commit),
     }
     torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot capture the default stream
-    measured = sweep(found, common, copy_rate) if options.sweep else []
-    for name in [] if options.sweep else options.shapes:
-        measured += measure_shape(SHAPES[name], found, options, common, copy_rate)
+    name = "h200_sweep.json" if options.sweep else "h200.json"
+    measured = []
+    for shape, ops in problems(options):
+        new = measure_shape(shape, ops, found, common, copy_rate)
+        measured += new
+        if not options.unchecked:  # after every shape: a run may be cut short
+            rows.add(options.results / name, new)
     print(rows.table(measured))
-    if not options.unchecked:
-        target = options.results / ("h200_sweep.json" if options.sweep else "h200.json")
-        rows.add(target, measured)
-        print(f"rows: {target}")
     if options.sweep:
         figure.draw(measured, options.results / "ssd_sweep.png")
+
+
+def problems(options):
+    """Shapes and the ops to time of each. The sweep: the paper's figure and a backward beside it."""
+    if not options.sweep:
+        return [(SHAPES[name], options.ops) for name in options.shapes]
+    lengths = [(shape, ("fwd", "bwd")) for shape in LENGTH_SWEEP]
+    return lengths + [(shape, ("fwd",)) for shape in STATE_SWEEP]
 
 
 def parse_options():
@@ -80,14 +88,20 @@ def parse_options():
     return parser.parse_args()
 
 
-def measure_shape(shape, found, options, common, copy_rate):
-    """Rows of one shape: every implementation, op, and way of calling; the rival's ratio last."""
-    ways = (False, True) if shape.name in LAUNCH_BOUND else (False,)
+def measure_shape(shape, ops, found, common, copy_rate):
+    """Rows of one shape: every implementation, op, and way of calling."""
     measured = []
     for implementation in found:
-        for op in options.ops:
-            for graph in ways if implementation.op == "ssd" else (False,):
-                row = measure(implementation, shape, op, graph, copy_rate)
+        graphs = implementation.op == "ssd" and shape.name in LAUNCH_BOUND
+        for op in ops:
+            for graph in (False, True) if graphs else (False,):
+                try:
+                    row = measure(implementation, shape, op, graph, copy_rate)
+                except RuntimeError as failure:  # a rival may run out of memory, we may not
+                    if implementation.name == OURS:
+                        raise
+                    print(f"{shape.name} {op} {implementation.name}: {str(failure)[:200]}")
+                    continue
                 measured.append({**row, **common})
                 print(rows.table(measured[-1:]).splitlines()[1], flush=True)
     return with_ratios(measured)
@@ -142,7 +156,8 @@ def with_ratios(measured):
                 for other in measured
                 if other["impl"] != OURS and same_work(row, other)
             }
-            row["ratio"] = row["ratios"].get(RIVAL)
+            if RIVAL in row["ratios"]:
+                row["ratio"] = row["ratios"][RIVAL]
     return measured
 
 
@@ -150,21 +165,6 @@ def same_work(row, other):
     """Whether both are forwards, or backwards, or both, called in the same way."""
     ways = [(r["op"].split("_")[1], r["graph"]) for r in (row, other)]
     return ways[0] == ways[1]
-
-
-def sweep(found, common, copy_rate):
-    """Rows for the figure: forward and backward against length, forward against state size."""
-    measured = []
-    for shapes, ops in ((LENGTH_SWEEP, ("fwd", "bwd")), (STATE_SWEEP, ("fwd",))):
-        for shape in shapes:
-            row_set = [
-                {**measure(implementation, shape, op, False, copy_rate), **common}
-                for implementation in found
-                for op in ops
-            ]
-            print(rows.table(row_set), flush=True)
-            measured += with_ratios(row_set)
-    return measured
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import figure, rows, run, stamp
+from bench import figure, ncu_table, rows, run, stamp
 from bench.shapes import LENGTH_SWEEP, SHAPES, STATE_SWEEP, over_ops
 from mamba2_cuda._explain import floor_bytes, flops
 
@@ -80,6 +80,7 @@ def test_no_figures_from_red_tests(tmp_path, monkeypatch, change, reason):
     path = tmp_path / "tests.json"
     path.write_text(json.dumps({**STAMP, "digest": stamp.digest(), **change}))
     monkeypatch.setattr(stamp, "STAMP", path)
+    monkeypatch.setattr(stamp, "COMMITTED", tmp_path / "absent.json")
     if reason is None:
         assert stamp.require_green(gpu=True)["passed"] == 3
     else:
@@ -89,8 +90,39 @@ def test_no_figures_from_red_tests(tmp_path, monkeypatch, change, reason):
 
 def test_no_figures_without_tests(tmp_path, monkeypatch):
     monkeypatch.setattr(stamp, "STAMP", tmp_path / "absent.json")
+    monkeypatch.setattr(stamp, "COMMITTED", tmp_path / "absent.json")
     with pytest.raises(stamp.RedTests, match="no test run is on record"):
         stamp.require_green(gpu=False)
+
+
+def test_committed_stamp_counts(tmp_path, monkeypatch):
+    committed = tmp_path / "committed.json"
+    committed.write_text(json.dumps({**STAMP, "digest": stamp.digest()}))
+    elsewhere = tmp_path / "tests.json"
+    elsewhere.write_text(json.dumps({**STAMP, "digest": "older"}))
+    monkeypatch.setattr(stamp, "STAMP", elsewhere)
+    monkeypatch.setattr(stamp, "COMMITTED", committed)
+    assert stamp.require_green(gpu=True)["gpu"] == "H"
+
+
+NCU = """==PROF== Connected
+"ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
+"launch__grid_size","smsp__average_warps_issue_stalled_wait_per_issue_active",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active"
+"","","%","us","","inst","inst"
+"0","void mamba2::ssd::(anonymous namespace)::chunk_state_kernel<64, true>(int)","61.5","1,250.5",\
+"320","0.4","2.5"
+""".replace("\\\n", "")
+
+
+def test_ncu_report_is_read(tmp_path):
+    (tmp_path / "ncu.csv").write_text(NCU)
+    (kernel,) = ncu_table.parse(tmp_path / "ncu.csv")
+    assert kernel["kernel"] == "chunk_state_kernel<64, true>"
+    assert kernel["ms"] == pytest.approx(1.2505)
+    assert (kernel["HBM %"], kernel["blocks"], kernel["regs"]) == (61.5, 320, None)
+    assert kernel["stall"] == "long_scoreboard"
+    assert ncu_table.markdown([kernel]).count("\n") == 2
 
 
 def test_figure_has_a_line_for_each(tmp_path):

@@ -92,6 +92,9 @@ def test_progress_is_reported_off_a_terminal(monkeypatch):
     lines = []
     bar = ProgressBar(100, lines.append)
     for step in range(1, 101):
-        bar.show(step, History(train=[3.0], validation=[3.1]), finished=step == 100)
+        bar.show(step, step / 100, History(train=[3.0], validation=[3.1]))
     assert len(lines) == 20
-    assert lines[0].startswith("[#")
+    assert lines[0].startswith("[#.")
+    assert lines[-1].startswith("[" + "#" * 24 + "] step 100/100")
+    bar.show(7, 1.0, History(train=[3.0]))
+    assert lines[-1].endswith("(time is up)")

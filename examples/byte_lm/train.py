@@ -63,7 +63,7 @@ def train(model, corpus, recipe, device, report=print):
             count = recipe.validation_windows * (8 if progress >= 1.0 else 1)
             history.validated.append(step)
             history.validation.append(validate(model, held_out, recipe, count, device))
-        bar.show(step, history, finished=progress >= 1.0)
+        bar.show(step, progress, history)
     return history
 
 
@@ -102,22 +102,28 @@ def validate(model, held_out, recipe, count, device):
 
 
 class ProgressBar:
-    """One line, redrawn on a terminal; elsewhere a new line every so often."""
+    """One line, redrawn on a terminal; elsewhere a new line every twentieth of the way."""
 
     def __init__(self, total, report, width=24):
         self.total, self.report, self.width = total, report, width
         self.redraw = sys.stdout.isatty()
+        self.next = 0.05
 
-    def show(self, step, history, finished):
-        if not (self.redraw or finished or step % max(1, self.total // 20) == 0):
+    def show(self, step, progress, history):
+        """`progress` is the share of steps done, or of the time given: whichever ends it first."""
+        finished = progress >= 1.0
+        if not (self.redraw or finished or progress >= self.next):
             return
-        done = self.width * step // self.total
+        self.next = math.floor(progress / 0.05 + 1) * 0.05
+        done = int(self.width * min(progress, 1.0))
         validation = f"{history.validation[-1]:.3f}" if history.validation else "-"
         line = (
             f"[{'#' * done}{'.' * (self.width - done)}] step {step}/{self.total}  "
             f"train {history.train[-1]:.3f}  validation {validation} bits/byte  "
             f"{history.tokens_per_second:,.0f} tokens/s"
         )
+        if finished and step < self.total:
+            line += "  (time is up)"
         if self.redraw:
             print("\r" + line, end="\n" if finished else "", flush=True)
         else:
