@@ -66,7 +66,7 @@ def main():
 
 
 def problems(options):
-    """Shapes and the ops to time of each. The sweep: the paper's figure and a backward beside it."""
+    """Shapes and the ops to time of each. The sweep: the paper's figure, and a backward."""
     if not options.sweep:
         return [(SHAPES[name], options.ops) for name in options.shapes]
     lengths = [(shape, ("fwd", "bwd")) for shape in LENGTH_SWEEP]
