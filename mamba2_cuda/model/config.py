@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from mamba2_cuda.nn import Attention, Mamba2
 
-MIXER_KEYS = set(inspect.signature(Mamba2).parameters) - {"d_model", "device", "dtype"}
-ATTENTION_KEYS = set(inspect.signature(Attention).parameters) - {"d_model", "device", "dtype"}
+NOT_IN_FILES = {"d_model", "process_group", "device", "dtype"}
+MIXER_KEYS = set(inspect.signature(Mamba2).parameters) - NOT_IN_FILES
+ATTENTION_KEYS = set(inspect.signature(Attention).parameters) - NOT_IN_FILES
 # In published files, with no meaning for the result: how another program computes it.
 IGNORED_KEYS = {"layer", "chunk_size", "use_mem_eff_path", "sequence_parallel"}
 
