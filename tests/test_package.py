@@ -143,3 +143,9 @@ def test_readme_names_files_that_exist():
     links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / "README.md").read_text())
     assert "docs/architecture.md" in links
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize("name", mamba2_cuda.__all__)
+def test_public_names_are_there(name):
+    assert getattr(mamba2_cuda, name) is not None
+    assert name in dir(mamba2_cuda)

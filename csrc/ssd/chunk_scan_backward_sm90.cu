@@ -103,6 +103,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
 }  // namespace
 
 int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
+  const Range range("chunk_scan_backward");
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
     using Smem = ChunkScanBackwardSmem<T, n()>;

@@ -72,6 +72,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
 }  // namespace
 
 int group_sum(const BackwardArgs& args, DType dtype, void* stream) {
+  const Range range("group_sum");
   const LaunchShape at{dim3(args.chunks, args.g + (args.dD != nullptr)), kThreads};
   return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args)
                               : launch(group_sum_kernel<f16>, at, stream, args);

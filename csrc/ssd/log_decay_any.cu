@@ -30,6 +30,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1) log_decay_any(Inputs in, void*
 }  // namespace
 
 int segment_log_decay(const Inputs& in, void* log_decay, void* stream) {
+  const Range range("segment_log_decay");
   return with_accumulator(in.dtype, [&](auto tag) {
     using U = typename decltype(tag)::type;
     LaunchShape at;

@@ -289,6 +289,7 @@ bool in_vectors(const StepParams& params) {
 }  // namespace
 
 int ssd_step(const StepParams& params, void* stream) {
+  const Range range("ssd_step");
   const DType x = params.in.dtype, state = params.state_dtype;
   if (!in_vectors(params)) return run_any(params, stream);
   if (x == DType::f32 && state == DType::f32) return run_vectors<float, float>(params, stream);

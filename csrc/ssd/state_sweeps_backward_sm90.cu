@@ -257,6 +257,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
 }  // namespace
 
 int state_sweeps(const BackwardArgs& args, DType dtype, void* stream) {
+  const Range range("state_sweeps");
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
     const unsigned pairs = args.g * ceil_div(args.heads_per_group(), kHeads);
