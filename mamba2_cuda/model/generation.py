@@ -1,0 +1,150 @@
+"""Generation: a prompt in one forward, then a token at a time, as a CUDA graph on CUDA."""
+
+import torch
+
+from .sampling import Sampling
+
+FROM_THE_MODEL = Sampling()
+WARM_UP_STEPS = 2  # before a CUDA graph is captured
+LOOK_EVERY = 16  # tokens between looks at whether all rows have ended: each waits for the device
+
+
+def generate(
+    model, prompts, max_new_tokens, *, sampling=FROM_THE_MODEL, eos=(), seed=None,
+    callback=None, cuda_graph=True,
+):  # fmt: skip
+    """What the model says after each prompt: a list of lists of tokens, an ending eos included.
+
+    prompts     lists of tokens, each with one at least; their lengths may differ
+    eos         tokens that end a row
+    seed        of the draws; without one they differ from call to call
+    callback    is called with each new token of every row, None for rows that have ended
+    cuda_graph  capture the step of one token in a CUDA graph (on CUDA)
+    """
+    longest = max(map(len, prompts))
+    decoder = Decoder(
+        model, len(prompts), longest + max_new_tokens, sampling=sampling, eos=eos,
+        cuda_graph=cuda_graph,
+    )  # fmt: skip
+    return decoder.generate(prompts, max_new_tokens, seed=seed, callback=callback)
+
+
+class Decoder:
+    """Buffers, and on CUDA a captured graph, for generating again and again at one batch size."""
+
+    def __init__(
+        self, model, batch, max_length, *, sampling=FROM_THE_MODEL, eos=(), cuda_graph=True
+    ):
+        self.model, self.sampling, self.max_length = model, sampling, max_length
+        device = model.lm_head.weight.device
+        self.device, self.vocab_size = device, model.config.vocab_size
+        self.cache = model.allocate_cache(batch, max_length)
+        self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.occurred = None
+        if sampling.repetition_penalty != 1:
+            self.occurred = torch.zeros(batch, self.vocab_size, dtype=torch.bool, device=device)
+        self.generator = torch.Generator(device)
+        self.graph = None
+        if cuda_graph and device.type == "cuda":
+            self.capture()
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, *, seed=None, callback=None):
+        """As the function of this name."""
+        self.start(prompts, max_new_tokens, seed)
+        texts, taken = [[] for _ in prompts], 0
+        history = self.token.new_zeros(len(prompts), max_new_tokens)
+        for i in range(max_new_tokens):
+            if i:
+                self.step()
+            history[:, i] = self.token[:, 0]
+            if callback is not None or (i + 1) % LOOK_EVERY == 0 or i + 1 == max_new_tokens:
+                self.collect(texts, history[:, taken : i + 1].tolist(), callback)
+                taken = i + 1
+                if len(self.eos) and self.ended.all():
+                    break
+        return texts
+
+    def collect(self, texts, tokens, callback):
+        """Adds tokens (rows of columns) to the texts that have not ended."""
+        eos = set(self.eos.tolist())
+        for column in zip(*tokens):
+            going = [not (text and text[-1] in eos) for text in texts]
+            for text, token, goes in zip(texts, column, going):
+                if goes:
+                    text.append(token)
+            if callback is not None:
+                callback([token if goes else None for token, goes in zip(column, going)])
+
+    def start(self, prompts, max_new_tokens, seed):
+        """Reads the prompts and chooses each row's first token."""
+        if len(prompts) != len(self.token) or not all(prompts):
+            raise ValueError(f"prompts: must be {len(self.token)}, none of them empty")
+        longest = max(map(len, prompts))
+        if longest + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"prompts: {longest} + {max_new_tokens} new tokens in room for {self.max_length}"
+            )
+        pads = torch.tensor([longest - len(p) for p in prompts], device=self.device)
+        rows = [[0] * (longest - len(p)) + list(p) for p in prompts]
+        self.forget()
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+        rows = torch.tensor(rows, device=self.device)
+        if self.occurred is not None:
+            real = torch.arange(longest, device=self.device) >= pads[:, None]
+            row, _ = real.nonzero(as_tuple=True)
+            self.occurred[row, rows[real]] = True
+        ragged = any(len(p) != longest for p in prompts)
+        self.advance(rows, pads if ragged else None)
+        self.cache.padded = True  # as captured; without padding its count is 0
+
+    def step(self):
+        """One token more for every row."""
+        if self.graph is None:
+            self.advance(self.token)
+        else:
+            self.graph.replay()
+            self.cache.seen += 1
+
+    def advance(self, tokens, pads=None):
+        """The token after `tokens` (b, l), into self.token."""
+        logits = self.model(tokens, cache=self.cache, pads=pads, last_only=True)
+        logits = logits[:, 0, : self.vocab_size]
+        token = self.sampling.choose(logits, self.occurred, self.generator)
+        if len(self.eos):
+            token = torch.where(self.ended, self.eos[0], token)
+            self.ended |= (token[:, None] == self.eos).any(1)
+        if self.occurred is not None:
+            self.occurred.scatter_(1, token[:, None], True)
+        self.token.copy_(token[:, None])
+
+    def forget(self):
+        self.cache.reset()
+        self.token.zero_()
+        self.ended.zero_()
+        if self.occurred is not None:
+            self.occurred.zero_()
+
+    @torch.no_grad()
+    def capture(self):
+        """Captures one step. What it does to the buffers meanwhile, `start` undoes."""
+        self.cache.padded = True
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self.advance(self.token)
+                self.cache.seen = 1  # a step, not a prompt, whatever room there is
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.forget()
+        self.cache.seen, self.cache.padded = 1, True
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self.graph):
+            self.advance(self.token)
+        self.forget()
