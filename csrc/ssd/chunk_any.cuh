@@ -1,6 +1,8 @@
 // What the kernels of tier any share: a chunk of 64 tokens of one head, its step sizes and decays.
-// Decays are products of exp(delta A), never exponentials of differences of sums: as accurate as
-// the recurrence, whatever A and delta are.
+// Decays are products of exp(delta A), never exponentials of differences of sums: whatever A and
+// delta are, nothing cancels. The products are fp64 and rounded once, also where the rest is fp32:
+// a decay close to 1 rounded to fp32 is off by up to 2^-25, and where all tokens' decays are equal
+// the product of m of them by m times that.
 #pragma once
 #include "chunks.cuh"
 #include "formulas.cuh"
@@ -53,7 +55,7 @@ template <class U>
 struct Decays {
   U delta[kChunk];
   U slope[kChunk];       // d delta / d dt
-  U decay[kChunk];       // exp(delta A); 0 where a new run of seq_idx starts
+  double decay[kChunk];  // exp(delta A); 0 where a new run of seq_idx starts
   U from_start[kChunk];  // product of decays up to the token: what is left of the entering state
   U to_end[kChunk];      // product of decays after the token
   U weight[kChunk];      // delta to_end: what the token adds to the leaving state
@@ -71,17 +73,27 @@ MAMBA2_DEVICE Delta<U> delta_at(const Inputs& in, int64_t row, int64_t token, in
 template <class U>
 MAMBA2_DEVICE void load_token(Decays<U>& s, const Inputs& in, const Chunk& chunk, int i_h, int i) {
   Delta<U> delta{U(0), U(0)};
-  U decay = 1;
+  double decay = 1;
   if (i < chunk.count) {
     const int64_t token = chunk.token + i;
     delta = delta_at<U>(in, chunk.row, token, i_h);
     const int* run = in.seq_idx ? in.seq_idx + chunk.row * in.shape.l + token : nullptr;
     const bool new_run = run && token > 0 && run[0] != run[-1];
-    decay = new_run ? U(0) : exp(delta.value * load<U>(in.A, i_h));
+    decay = new_run ? 0. : exp(static_cast<double>(delta.value) * load<U>(in.A, i_h));
   }
   s.delta[i] = delta.value;
   s.slope[i] = delta.gradient;
   s.decay[i] = decay;
+}
+
+// f(i) for the tokens in order; 8 loads of decays under way at a time, more would cost registers.
+template <class F>
+MAMBA2_DEVICE void each_token(F f) {
+  MAMBA2_NO_UNROLL
+  for (int i0 = 0; i0 < kChunk; i0 += 8) {
+    MAMBA2_UNROLL
+    for (int i = i0; i < i0 + 8; ++i) f(i);
+  }
 }
 
 // Starts and ends with a barrier.
@@ -90,16 +102,17 @@ MAMBA2_DEVICE void load_decays(Decays<U>& s, const Inputs& in, const Chunk& chun
   __syncthreads();
   if (threadIdx.x < kChunk) load_token(s, in, chunk, i_h, threadIdx.x);
   __syncthreads();
+  double product = 1;
   if (threadIdx.x == 0) {
-    U product = 1;
-    for (int i = 0; i < kChunk; ++i) s.from_start[i] = product *= s.decay[i];
+    each_token([&](int i) { s.from_start[i] = U(product *= s.decay[i]); });
   }
   if (threadIdx.x == 32) {
-    U product = 1;
-    for (int i = kChunk - 1; i >= 0; product *= s.decay[i--]) {
-      s.to_end[i] = product;
-      s.weight[i] = product * s.delta[i];
-    }
+    each_token([&](int before_end) {
+      const int i = kChunk - 1 - before_end;
+      s.to_end[i] = U(product);
+      s.weight[i] = U(product * s.delta[i]);
+      product *= s.decay[i];
+    });
   }
   __syncthreads();
 }
@@ -109,11 +122,11 @@ template <class U>
 MAMBA2_DEVICE void fill_mask(U (&s_L)[kTile][kTile + 1], const Decays<U>& s) {
   const int j = threadIdx.x;
   if (j >= kChunk) return;
-  U product = 1;
-  for (int i = 0; i < kChunk; ++i) {
+  double product = 1;
+  each_token([&](int i) {
     if (i > j) product *= s.decay[i];
-    s_L[i][j] = i >= j ? product : U(0);
-  }
+    s_L[i][j] = i >= j ? U(product) : U(0);
+  });
 }
 
 // D of a head's channel.
