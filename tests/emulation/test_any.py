@@ -68,7 +68,7 @@ def test_extremes(run, dtype, A, dt):
 
 
 def test_roundings_of_equal_decays_do_not_add_up(run):
-    """exp(-1e-4) rounded to fp32 at every token errs by 1.2e-5 here, ten times what is allowed."""
+    """exp(-1e-4) rounded to fp32 at every token errs by 1.2e-5, ten times what is allowed."""
     case = Case(b=1, l=640, h=1, g=1, p=1, n=1, dt_softplus=False, initial_states="working")
     inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
     inputs["x"].zero_()
