@@ -1,10 +1,9 @@
 """The operators that the modules are made of, in one place.
 
-ssd_scan is compiled. The convolution, the gated norm and the step are the plain PyTorch ones.
+ssd_scan and ssd_step are compiled. The convolution and the gated norm are the plain PyTorch ones.
 """
 
-from mamba2_cuda import reference
-from mamba2_cuda.ops import ssd_scan
+from mamba2_cuda.ops import ssd_scan, ssd_step
 from mamba2_cuda.reference import causal_conv1d, gated_rmsnorm
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "gated_rmsnorm", "ssd_scan", "ssd_step"]
@@ -17,10 +16,3 @@ def causal_conv1d_step(conv_state, x, weight, bias=None, *, silu=True):
     )
     conv_state.copy_(after)
     return y[:, 0]
-
-
-def ssd_step(state, x, dt, A, B, C, **options):
-    """reference.ssd_step, with the state (b, h, p, n) updated in place; returns y (b, h, p)."""
-    y, after = reference.ssd_step(state, x, dt, A, B, C, **options)
-    state.copy_(after)
-    return y

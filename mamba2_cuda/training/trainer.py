@@ -10,7 +10,7 @@ from mamba2_cuda.model import save_model
 
 from .recipe import make_optimizer
 from .report import Log, ProgressBar, plot
-from .run_state import load_state, newest_state, save_state
+from .run_state import load_state, newest_state, save_state, states
 
 
 class Trainer:
@@ -32,9 +32,12 @@ class Trainer:
         self.step = 0
 
     def run(self, resume=False, progress=None):
-        """Trains to the last step; with resume, from the newest checkpoint. Returns the Log."""
+        """Trains to the last step; returns the Log.
+
+        resume: from the newest checkpoint, or the start if the run was stopped before its first.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        if resume:
+        if resume and states(self.out / "checkpoints"):
             self.restore(load_state(newest_state(self.out / "checkpoints")))
         log = Log(self.out / "log.jsonl", self.step)
         bar = ProgressBar(self.recipe.steps, progress)

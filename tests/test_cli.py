@@ -1,0 +1,104 @@
+"""The program `mamba2`: train, go on, look, convert, generate; what it says when it cannot."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mamba2_cuda.cli import main
+from mamba2_cuda.model import load_model
+from mamba2_cuda.training.run_state import states
+
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+TRAIN = "train --steps 6 --batch 2 --length 16 --save-every 3 --validate-every 3 --device cpu"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run on two texts."""
+    folder = tmp_path_factory.mktemp("cli")
+    texts = [folder / f"{i}.txt" for i in range(2)]
+    for text in texts:
+        text.write_text("the quick brown fox jumps over the lazy dog; " * 20)
+    config = {"d_model": 16, "n_layer": 2, "vocab_size": 1,
+              "ssm_cfg": {"layer": "Mamba2", "headdim": 8, "d_state": 8}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    options = ["--data", *texts, "--out", folder / "run", "--config", folder / "config.json"]
+    assert run(*TRAIN.split(), *options) == 0
+    return folder
+
+
+def test_a_run_goes_on_from_its_folder_alone(trained, capsys):
+    before = load_model(trained / "run/model").state_dict()
+    states(trained / "run/checkpoints")[-1].unlink()
+    assert run("train", "--out", trained / "run", "--resume", "--device", "cpu") == 0
+    after = load_model(trained / "run/model").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert run(*TRAIN.split(), "--data", "x", "--out", trained / "run") == 2
+    assert "holds a run: --resume it" in capsys.readouterr().err
+
+
+def test_info_tells_what_the_model_is(trained, capsys):
+    assert run("info", trained / "run/model") == 0
+    said = capsys.readouterr().out
+    assert "4 heads of 8, state 8" in said and "257 in 264 rows" in said
+    count = sum(p.numel() for p in load_model(trained / "run/model").parameters())
+    assert f"{count:,}" in said
+    assert run("info") == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["huggingface", "state-spaces"])
+def test_a_converted_model_is_the_same_model(trained, tmp_path, to):
+    assert run("convert", trained / "run/model", tmp_path, "--to", to, "--dtype", "bf16") == 0
+    first, again = load_model(trained / "run/model"), load_model(tmp_path, dtype=torch.float32)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight.bfloat16().float(), again.state_dict()[name])
+
+
+def test_generate_prints_the_continuation(trained, capsys, monkeypatch):
+    command = ["generate", trained / "run/model", "--max-new-tokens", "9", "--device", "cpu"]
+    assert run(*command, "--prompt", "the quick", "--seed", "1") == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the quick") and len(first) > len("the quick\n")
+    assert run(*command, "--prompt", "the quick", "--seed", "1") == 0
+    assert capsys.readouterr().out == first
+    assert run(*command, "--prompt", "the", "--prompt", "brown fox", "--temperature", "0") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("the") and "\n\nbrown fox" in said
+
+
+def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
+    for command, complaint in {
+        f"info {tmp_path}": "config.json",
+        f"generate {trained}/run/model --prompt a --top-p 2 --device cpu": "top_p cannot be 2",
+        f"convert {trained}/run/model {trained}/run/model --to huggingface": "the same folder",
+        f"train --out {tmp_path}/a": "give --data or --tokens",
+        f"train --out {tmp_path}/b --tokens {trained}/0.txt": "--tokens needs --vocab-size",
+        f"train --out {tmp_path}/c --data {tmp_path}/no.txt": "no.txt",
+    }.items():
+        assert run(*command.split()) == 2
+        said = capsys.readouterr().err
+        assert complaint in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["", "generate", "train", "convert", "info"])
+def test_help_reads_well(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*command.split(), "--help")
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and "None" not in said
+    assert not command or f"mamba2 {command}" in said
+
+
+def test_it_runs_as_a_module():
+    said = subprocess.run(
+        [sys.executable, "-m", "mamba2_cuda.cli", "--version"], capture_output=True, text=True
+    )
+    assert said.returncode == 0 and said.stdout.startswith("mamba2_cuda ")
