@@ -1,6 +1,7 @@
 // chunk_scan: the outputs of a chunk from the state S entering it,
 //   y_i = 2^s_i S C_i + sum_{j <= i} M_ij x_j + D x_i,   M = C B^T o 2^(s_i - s_j) o delta_j
-// times silu(z_i) when there is a gate.
+// times silu(z_i) when there is a gate; or, gate backward, not y but dz and the gradient of what is
+// before the gate, from dy.
 //
 // grid: (chunk, group, run of items), items fastest, so that chunks share C and B through L2. An
 // item is a head and a tile of p; a block takes several of one group and computes C B^T, which is
@@ -15,50 +16,21 @@
 // 44 K FLOP a token and head with C B^T per head, 30 K when four heads share it.
 #include "../core/launch.h"
 #include "../tile/sm80.cuh"
-#include "formulas.cuh"
-#include "launch.h"
+#include "chunk_scan_work_sm80.cuh"
+#include "gate_sm80.cuh"
 
 namespace mamba2::ssd::sm80 {
 namespace {
 
 constexpr int q = kChunkTokens, kSlice = 64, kStages = 2;
 constexpr int kWarps = q / 16, kThreads = 32 * kWarps;
-constexpr int kMaxItems = 8;  // of a block: C B^T is then a tenth of its work
 
-struct ChunkScanParams {
-  Strided x, B, C, z;          // (b, l, h, p), (b, l, g, n) twice, (b, l, h, p) optional   T
-  const void* states;          // (chunks, h, p, n)   T
-  const float* delta;          // (chunks, h, q)
-  const float* a_cumsum_log2;  // (chunks, h, q)
-  AnyFloat D;                  // (h) or (h, p), optional
-  bool D_per_channel;
-  StridedOut y;  // (b, l, h, p)        T, out
-  Chunking chunking;
-  int h, p, n, heads_per_group;
-  int p_tiles, items_per_group, items_per_block, blocks_per_group;
-};
-
-// What a block works on. It lies in shared memory, for the accumulators leave no registers for it.
-struct Work {
-  struct Item {
-    int i_h, p_base;
-  };
-  int row, token, count;  // of the chunk
-  int i_chunk, i_g, items;
-  Item item[kMaxItems];
-};
-
-// silu(z) in the approximations of the special-function unit: its error of some 2^-22 disappears in
-// the 16 bits of y, and an exact division is a call, for which registers are lacking.
-MAMBA2_DEVICE float gate(float z) {
-  return z * ptx::rcp(1.f + ptx::ex2(-z * static_cast<float>(kLog2E)));
-}
-
-template <class Element, int tile_p>
+template <class Element, int tile_p, bool gate_backward>
 struct ScanTile {
   using T = Element;
+  static constexpr bool kGateBackward = gate_backward;
   static constexpr int kTileP = tile_p;
-  static constexpr int kBlocksPerSM = tile_p > 64 ? 1 : 2;  // as registers allow
+  static constexpr int kBlocksPerSM = tile_p > 64 || gate_backward ? 1 : 2;  // as registers allow
   struct Shared {
     tile::SharedTile<T, q, kSlice> C[kStages], B[kStages];
     tile::SharedTile<T, kTileP, kSlice> S[kStages];
@@ -225,11 +197,19 @@ struct Scan {
       }
     }
   }
+  // This lane's eight values of z or dy; 0 where they are not `mine`.
+  MAMBA2_DEVICE void load_values(float (&v)[2][4], const T* g, bool mine) {
+    const uint4 unit = mine ? *reinterpret_cast<const uint4*>(g) : uint4{0, 0, 0, 0};
+    tile::from_unit<T>(v[0], v[1], unit);
+  }
+  MAMBA2_DEVICE T* row_to(const StridedOut& out, int item, int row) const {
+    const int64_t token = work.token + row;
+    return static_cast<T*>(out.ptr) + work.row * out.b + token * out.l + head(item) * out.h +
+           channel(item);
+  }
   MAMBA2_DEVICE void store(int item) {
     const int row = 16 * row_block + tile::unit_row(), p_base = channel(item);
-    const int64_t token = work.token + row;
-    T* g_y = static_cast<T*>(params.y.ptr) + work.row * params.y.b + token * params.y.l +
-             head(item) * params.y.h + p_base;
+    T* g_y = row_to(params.y, item, row);
     const T* g_z = params.z.ptr == nullptr
                        ? nullptr
                        : rows_of(params.z, head(item), p_base) + row * params.z.l;
@@ -238,9 +218,16 @@ struct Scan {
       const bool mine = row < work.count && p_base + col < params.p;
       if (g_z != nullptr) {
         float z[2][4];
-        const uint4 unit = mine ? *reinterpret_cast<const uint4*>(g_z + col) : uint4{0, 0, 0, 0};
-        tile::from_unit<T>(z[0], z[1], unit);
-        MAMBA2_UNROLL for (int e = 0; e < 8; ++e) y[i][e / 4][e % 4] *= gate(z[e / 4][e % 4]);
+        load_values(z, g_z + col, mine);
+        if constexpr (Tile::kGateBackward) {
+          float dy[2][4];
+          load_values(dy, rows_of(params.dy, head(item), p_base + col) + row * params.dy.l, mine);
+          gate_gradients(y[i], z, dy);
+          const uint4 dz = tile::to_unit<T>(z[0], z[1]);
+          if (mine) *reinterpret_cast<uint4*>(row_to(params.dz, item, row) + col) = dz;
+        } else {
+          apply_gate(y[i], z);
+        }
       }
       const uint4 unit = tile::to_unit<T>(y[i][0], y[i][1]);
       if (mine) *reinterpret_cast<uint4*>(g_y + col) = unit;
@@ -253,24 +240,6 @@ MAMBA2_DEVICE void clear(float (&blocks)[n][2][4]) {
   MAMBA2_UNROLL for (auto& block : blocks) {
     MAMBA2_UNROLL for (int e = 0; e < 8; ++e) block[e / 4][e % 4] = 0.f;
   }
-}
-
-// One thread per item.
-template <int kTileP>
-MAMBA2_DEVICE void find_work(const ChunkScanParams& params, Work& work, int i) {
-  const int groups = params.h / params.heads_per_group;
-  const int block = static_cast<int>(blockIdx.x), i_pair = block / params.blocks_per_group;
-  const int i_g = i_pair % groups, i_chunk = i_pair / groups;
-  const int first = block % params.blocks_per_group * params.items_per_block;
-  const int i_h = i_g * params.heads_per_group + (first + i) / params.p_tiles;
-  work.item[i] = {i_h, (first + i) % params.p_tiles * kTileP};
-  if (i > 0) return;
-  const int left = params.items_per_group - first;
-  const Chunk chunk = params.chunking.at(i_chunk);
-  work.i_g = i_g, work.i_chunk = i_chunk;
-  work.items = left < params.items_per_block ? left : params.items_per_block;
-  work.row = chunk.row, work.token = chunk.token;
-  work.count = chunk.i_seq < 0 ? 0 : chunk.count;
 }
 
 template <class Tile>
@@ -339,9 +308,9 @@ int choose_items(int items_per_group, int64_t pairs, int64_t blocks_at_once) {
   return best;
 }
 
-template <class T, int tile_p>
+template <class T, int tile_p, bool gate_backward>
 int run(ChunkScanParams params, int64_t chunks, const Device& device, void* stream) {
-  using Tile = ScanTile<T, tile_p>;
+  using Tile = ScanTile<T, tile_p, gate_backward>;
   const int groups = params.h / params.heads_per_group;
   params.p_tiles = ceil_div(params.p, tile_p);
   params.items_per_group = params.heads_per_group * params.p_tiles;
@@ -356,17 +325,31 @@ int run(ChunkScanParams params, int64_t chunks, const Device& device, void* stre
   return launch(chunk_scan_kernel<Tile>, at, stream, params);
 }
 
-template <class T>
+template <class T, bool gate_backward>
 int choose_tile_p(const ChunkScanParams& params, int64_t chunks, const Device& device,
                   void* stream) {
   switch (head_dim_tile(params.p, device)) {
     case 32:
-      return run<T, 32>(params, chunks, device, stream);
+      return run<T, 32, gate_backward>(params, chunks, device, stream);
     case 64:
-      return run<T, 64>(params, chunks, device, stream);
+      return run<T, 64, gate_backward>(params, chunks, device, stream);
     default:
-      return run<T, 80>(params, chunks, device, stream);
+      return run<T, 80, gate_backward>(params, chunks, device, stream);
   }
+}
+
+template <bool gate_backward>
+int run(const Inputs& in, ChunkScanParams params, const Chunking& chunking, const Device& device,
+        void* stream) {
+  params.x = in.x, params.B = in.B, params.C = in.C, params.z = in.z;
+  params.D = in.D, params.D_per_channel = in.D_per_channel;
+  params.chunking = chunking;
+  params.h = in.shape.h, params.p = in.shape.p, params.n = in.shape.n;
+  params.heads_per_group = in.shape.heads_per_group();
+  const int64_t chunks = in.shape.chunks(q);
+  return in.dtype == DType::bf16
+             ? choose_tile_p<bf16, gate_backward>(params, chunks, device, stream)
+             : choose_tile_p<f16, gate_backward>(params, chunks, device, stream);
 }
 
 }  // namespace
@@ -374,18 +357,20 @@ int choose_tile_p(const ChunkScanParams& params, int64_t chunks, const Device& d
 int chunk_scan(const ForwardParams& forward, const Chunking& chunking, const float* delta,
                const float* a_cumsum_log2, const void* states, const Device& device, void* stream) {
   const Range range("chunk_scan");
-  const Inputs& in = forward.in;
   ChunkScanParams params{};
-  params.x = in.x, params.B = in.B, params.C = in.C, params.z = in.z;
   params.states = states, params.delta = delta, params.a_cumsum_log2 = a_cumsum_log2;
-  params.D = in.D, params.D_per_channel = in.D_per_channel;
   params.y = forward.y;
-  params.chunking = chunking;
-  params.h = in.shape.h, params.p = in.shape.p, params.n = in.shape.n;
-  params.heads_per_group = in.shape.heads_per_group();
-  const int64_t chunks = in.shape.chunks(q);
-  return in.dtype == DType::bf16 ? choose_tile_p<bf16>(params, chunks, device, stream)
-                                 : choose_tile_p<f16>(params, chunks, device, stream);
+  return run<false>(forward.in, params, chunking, device, stream);
+}
+
+int chunk_scan_gate_backward(const Inputs& in, const GateBackward& gate, const Chunking& chunking,
+                             const float* delta, const float* a_cumsum_log2, const void* states,
+                             const Device& device, void* stream) {
+  const Range range("chunk_scan gate_backward");
+  ChunkScanParams params{};
+  params.states = states, params.delta = delta, params.a_cumsum_log2 = a_cumsum_log2;
+  params.dy = gate.dy, params.dz = gate.dz, params.y = gate.d_y;
+  return run<true>(in, params, chunking, device, stream);
 }
 
 }  // namespace mamba2::ssd::sm80

@@ -82,15 +82,6 @@ MAMBA2_DEVICE float warp_sum(float v) {
   return v;
 }
 
-template <int kRun>
-MAMBA2_DEVICE void add_parts(float (&r)[kRun], const float* array, int64_t at, int parts,
-                             int64_t part_stride) {
-  for (int i = 0; i < parts; ++i) {
-    MAMBA2_UNROLL
-    for (int k = 0; k < kRun; ++k) r[k] += array[i * part_stride + at + k];
-  }
-}
-
 // One head of the chunk: d delta into shared memory, the chunk's share of dA to global memory.
 template <int kRun>
 MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, const Chunk& chunk,
@@ -110,11 +101,13 @@ MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, con
     const bool valid = first + k < chunk.count;
     delta[k] = valid ? parts.delta[at + k] : 0.f;
     across[k] = parts.rows[at + k];
-    to_state[k] = 0;
+    to_state[k] = parts.to_state[at + k];
     d_delta[k] = parts.columns[at + k];
   }
-  add_parts(across, parts.from_state, at, parts.state_parts, all);
-  add_parts(to_state, parts.to_state, at, parts.state_parts, all);
+  for (int i = 0; i < parts.from_state_parts; ++i) {
+    MAMBA2_UNROLL
+    for (int k = 0; k < kRun; ++k) across[k] += parts.from_state[i * all + at + k];
+  }
   MAMBA2_UNROLL
   for (int k = 0; k < kRun; ++k) {
     if (first + k >= chunk.count) across[k] = to_state[k] = 0;
@@ -136,7 +129,7 @@ MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, con
 }
 
 template <int kRun>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 3)
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kRun > 4 ? 2 : 3)
     delta_gradients(const MAMBA2_GRID_CONSTANT Gradients g) {
   Smem<32 * kRun>& smem = *static_cast<Smem<32 * kRun>*>(ptx::dynamic_smem());
   const int i_c = blockIdx.x, first_head = blockIdx.y * kHeads;
@@ -156,7 +149,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 3)
   const int i_h = threadIdx.x % kHeads, slot = threadIdx.x / kHeads;
   float bias_sum = 0;
   if (i_h < heads) {
-    const float bias = g.dt_bias ? load<float>(g.dt_bias, first_head + i_h) : 0.f;
+    const float bias = g.dt_bias.ptr ? load<float>(g.dt_bias, first_head + i_h) : 0.f;
     for (int t = slot; t < chunk.count; t += kTokensAtOnce) {
       const int64_t row = chunk.row, token = chunk.token + t, head = first_head + i_h;
       const AnyFloat dt{g.dt.ptr, g.dt_dtype};

@@ -13,10 +13,10 @@ struct DeltaGradientParts {
   const float* delta = nullptr;       // (chunks, h, q)
   const float* rows = nullptr;        // (chunks, h, q)         R_i - Q_i, diagonal left out
   const float* columns = nullptr;     // (chunks, h, q)         sum_{i>=j} V_ij, diagonal included
-  const float* from_state = nullptr;  // (state_parts, chunks, h, q)  E_i
-  const float* to_state = nullptr;    // (state_parts, chunks, h, q)  F_j / delta_j
+  const float* from_state = nullptr;  // (from_state_parts, chunks, h, q)  E_i
+  const float* to_state = nullptr;    // (chunks, h, q)  F_j / delta_j
   const float* through = nullptr;     // (through_parts, chunks, h)   K = 2^s_q <G, S>
-  int state_parts = 1, through_parts = 1;
+  int from_state_parts = 1, through_parts = 1;
   const float* dD = nullptr;  // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
   int dD_width = 0;           // h, or h p
 };

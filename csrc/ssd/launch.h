@@ -43,12 +43,11 @@ namespace sm80 {
 constexpr int kChunkTokens = kChunkTokensSm80;
 
 // How much of the head dimension a block takes: 80, 64 or 32, whichever pads p least, then the
-// largest. Cards with less than 160 KB of shared memory (8.6, 8.9, 12.x) have no room for 80.
+// largest. Cards with little shared memory have no room for 80.
 inline int head_dim_tile(int p, const Device& device) {
-  const bool small_smem = device.major == 8 ? device.minor != 0 : device.major >= 12;
   int best = p <= 32 ? 32 : 64;
   for (int tile : {80, 32}) {
-    if (tile == 80 && small_smem) continue;
+    if (tile == 80 && has_small_smem(device)) continue;
     if (round_up(p, tile) < round_up(p, best)) best = tile;
   }
   return best;
@@ -65,6 +64,16 @@ int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
 // y from the states entering the chunks.
 int chunk_scan(const ForwardParams& forward, const Chunking& chunking, const float* delta,
                const float* a_cumsum_log2, const void* states, const Device& device, void* stream);
+// The gate backwards: y' = y before the gate is computed once more, and never stored:
+//   dz = dy y' silu'(z),  d_y = dy silu(z), the gradient of y'
+struct GateBackward {
+  Strided dy;      // (b, l, h, p)   T
+  StridedOut dz;   // (b, l, h, p)   T, out
+  StridedOut d_y;  // (b, l, h, p)   T, out
+};
+int chunk_scan_gate_backward(const Inputs& in, const GateBackward& gate, const Chunking& chunking,
+                             const float* delta, const float* a_cumsum_log2, const void* states,
+                             const Device& device, void* stream);
 
 }  // namespace sm80
 

@@ -12,12 +12,14 @@ namespace mamba2::ssd {
 // The last tier: every type and size that passed the checks.
 bool any::supports(const Problem&, const Device&) { return true; }
 
-// 16-bit operands, p and n made of 16 x 16 blocks. The backward has no kernels yet.
+// 16-bit operands, p and n made of 16 x 16 blocks. The backward keeps x and dy of a chunk in shared
+// memory, which has no room for p beyond 128, nor, on cards with 99 KB of it, for p beyond 64.
 bool sm80::supports(const Problem& problem, const Device& device) {
   const auto takes = [](int size) { return size % 16 == 0 && size <= 256; };
   const bool is_16_bit = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
+  const int most_p = !problem.backward ? 256 : has_small_smem(device) ? 64 : 128;
   return device.major >= 8 && is_16_bit && takes(problem.shape.p) && takes(problem.shape.n) &&
-         !problem.backward;
+         problem.shape.p <= most_p;
 }
 
 namespace {

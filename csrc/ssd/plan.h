@@ -14,6 +14,11 @@ struct Device {
   int major = 0, minor = 0, sm_count = 1;
 };
 
+// Cards whose blocks may have 99 KB of shared memory, not 163 or more.
+inline bool has_small_smem(const Device& device) {
+  return device.major == 8 ? device.minor != 0 && device.minor != 7 : device.major >= 12;
+}
+
 // The private integer of the op schemas: 0 chooses.
 //   bits 0..3  force a Tier; bits 4..7 force a variant of it; bit 8 batch invariant.
 constexpr int kPlanTierMask = 0xf, kPlanVariantShift = 4, kPlanVariantMask = 0xf;
