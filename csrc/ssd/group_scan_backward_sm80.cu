@@ -298,7 +298,9 @@ MAMBA2_DEVICE void run_block(const GroupParams& params, GroupShared<T, kP, kN>& 
 }
 
 template <class T, int kP, int kN>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kP == 64 ? 3 : 2)
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kN == 64   ? 4
+                                               : kP == 64 ? 3
+                                                          : 2)
     group_scan_backward_kernel(const MAMBA2_GRID_CONSTANT GroupParams params) {
   auto& shared = *static_cast<GroupShared<T, kP, kN>*>(ptx::dynamic_smem());
   if (threadIdx.x == 0) {

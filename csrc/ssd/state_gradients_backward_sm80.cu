@@ -98,27 +98,40 @@ MAMBA2_DEVICE void store_weight(Stage& stage, float s) {
   if (i == q - 1) stage.decay = ptx::ex2(s);
 }
 
+// Where this lane's 16-byte units of a (chunks, h, p, n) array lie, and which are inside the state.
+struct Units {
+  int row, column;
+  MAMBA2_DEVICE explicit Units(const Place& at)
+      : row(at.p0 + at.m() + tile::unit_row()), column(at.n0 + at.n() + tile::unit_col()) {}
+  MAMBA2_DEVICE bool valid(const GradientParams& params, int i) const {
+    return row < params.p && column + 16 * i < params.n;
+  }
+  MAMBA2_DEVICE int64_t at(const GradientParams& params, int i_h, int i_chunk) const {
+    const int64_t base = (int64_t(i_chunk) * params.h + i_h) * params.p;
+    return (base + row) * params.n + column;
+  }
+};
+
+// S of a chunk: in flight while the chunk after it is computed with.
+template <class T>
+MAMBA2_DEVICE void load_S(uint4 (&S)[kTiles], const GradientParams& params, const Place& at,
+                          int i_chunk) {
+  const Units units(at);
+  const T* from = static_cast<const T*>(params.scan.S) + units.at(params, at.i_h, i_chunk);
+  MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) S[i] =
+      units.valid(params, i) ? *reinterpret_cast<const uint4*>(from + 16 * i) : uint4{0, 0, 0, 0};
+}
+
 // G, rounded, to global memory; this warp's share of K to shared memory.
 template <class T, class Stage>
-MAMBA2_DEVICE void store_state(const Gradient& G, Stage& stage, const GradientParams& params,
-                               const Place& at, int i_chunk) {
-  const int row = at.p0 + at.m() + tile::unit_row();
-  const int column = at.n0 + at.n() + tile::unit_col();
-  const int64_t base = (int64_t(i_chunk) * params.h + at.i_h) * params.p * params.n;
-  const int64_t first = base + int64_t(row) * params.n + column;
-  T* to = static_cast<T*>(params.scan.G) + first;
-  const T* entering = static_cast<const T*>(params.scan.S) + first;
-  uint4 S[kTiles];
-  MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
-    const bool valid = row < params.p && column + 16 * i < params.n;
-    S[i] = valid ? *reinterpret_cast<const uint4*>(entering + 16 * i) : uint4{0, 0, 0, 0};
-  }
+MAMBA2_DEVICE void store_state(const Gradient& G, const uint4 (&S)[kTiles], Stage& stage,
+                               const GradientParams& params, const Place& at, int i_chunk) {
+  const Units units(at);
+  T* to = static_cast<T*>(params.scan.G) + units.at(params, at.i_h, i_chunk);
   float dot = 0;
   MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
     const uint4 unit = tile::to_unit<T>(G.left[i], G.right[i]);
-    if (row < params.p && column + 16 * i < params.n) {
-      *reinterpret_cast<uint4*>(to + 16 * i) = unit;
-    }
+    if (units.valid(params, i)) *reinterpret_cast<uint4*>(to + 16 * i) = unit;
     float left[4], right[4];
     tile::from_unit<T>(left, right, S[i]);
     MAMBA2_UNROLL for (int e = 0; e < 4; ++e) dot +=
@@ -175,7 +188,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
       pair[0] = v.x, pair[1] = v.y;
     });
   }
+  uint4 S[kTiles];
   if (count > 0) {
+    load_S<T>(S, params, at, first + count - 1);
     start_chunk<T, kN>(shared.stage[0], params, at, first + count - 1);
     store_weight(shared.stage[0], load_s(params, at, first + count - 1));
   }
@@ -192,7 +207,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
       start_chunk<T, kN>(other, params, at, i_chunk - 1);
       s = load_s(params, at, i_chunk - 1);
     }
-    store_state<T>(G, stage, params, at, i_chunk);
+    store_state<T>(G, S, stage, params, at, i_chunk);
+    if (i + 1 < count) load_S<T>(S, params, at, i_chunk - 1);
     advance<T>(G, stage, at);
     if (i + 1 < count) store_weight(other, s);
   }
