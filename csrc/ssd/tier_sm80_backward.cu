@@ -1,6 +1,5 @@
 // Tier sm80, backward: the stages of the forward in reverse order.
-//   chunk_cumsum, chunk_state   delta, a_cumsum_log2, and the states S that enter the chunks,
-//   unless
+//   chunk_cumsum, chunk_state   delta, a_cumsum_log2; S, the states that enter the chunks, unless
 //                               the forward kept them
 //   chunk_scan_gate_backward    with z: dz, and dy becomes dy silu(z)
 //   state_gradients             G, the gradients of the states that leave the chunks; K
