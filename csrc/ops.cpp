@@ -71,4 +71,22 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
       "Tensor? z, Tensor? dt_bias, " SSD_DELTA_OPTIONS
       "Tensor? state_indices, Tensor? out_state_indices, int plan) -> Tensor y");
+
+  // The depthwise convolution before the scan. x, y (b, l, d) of one dtype; weight (d, w), w 2 to
+  // 4; bias (d); states (nseq, w - 1, d) of x's dtype: the last inputs, the oldest first; silu:
+  // whether it follows. dweight, dbias fp32 (fp64 when x is); dx may be given as a strided
+  // destination, and comes back as a 0-element tensor then.
+  m.def(
+      "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, "
+      "Tensor? cu_seqlens, bool silu, bool return_final_states)"
+      " -> (Tensor y, Tensor final_states)");
+  m.def(
+      "causal_conv1d_backward(Tensor dy, Tensor? d_final_states, Tensor x, Tensor weight, "
+      "Tensor? bias, Tensor? initial_states, Tensor? cu_seqlens, bool silu, Tensor(a!)? dx)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor d_initial_states)");
+  // Decode: x (b, d) or (b, T, d); state (b or slots, w - 1, d), updated in place; state_indices
+  // (b) int32, negative: padding. y as x.
+  m.def(
+      "causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
+      "Tensor? state_indices) -> Tensor y");
 }

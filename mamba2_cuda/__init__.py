@@ -15,6 +15,8 @@ _HOME_OF = {
     "ssd_scan": "ops",
     "ssd_segment_state": "ops",
     "ssd_step": "ops",
+    "causal_conv1d": "ops",
+    "causal_conv1d_step": "ops",
     "batch_invariant": "ops",
     "explain": "_explain",
     "build_info": "_explain",

@@ -84,3 +84,24 @@ def _(d_state, d_log_decay, x, dt, A, B, dt_bias, *_options):
 @fake("mamba2_cuda::ssd_step")
 def _(state, x, *_options):
     return x.new_empty(x.shape)
+
+
+@fake("mamba2_cuda::causal_conv1d_forward")
+def _(x, weight, bias, initial_states, cu_seqlens, silu, return_final_states):
+    nseq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    states = (nseq, weight.shape[1] - 1, x.shape[2]) if return_final_states else (0,)
+    return x.new_empty(x.shape), x.new_empty(states)
+
+
+@fake("mamba2_cuda::causal_conv1d_backward")
+def _(dy, d_final_states, x, weight, bias, initial_states, cu_seqlens, silu, dx):
+    state = state_dtype(x)
+    return (
+        like(x if dx is None else None, x), like(weight, x, state), like(bias, x, state),
+        x.new_empty(0) if initial_states is None else like(initial_states, x),
+    )  # fmt: skip
+
+
+@fake("mamba2_cuda::causal_conv1d_step")
+def _(state, x, *_options):
+    return x.new_empty(x.shape)

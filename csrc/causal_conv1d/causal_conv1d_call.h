@@ -1,0 +1,47 @@
+// One call of causal_conv1d, ready to run on any device: the checked arguments, and the outputs.
+#pragma once
+#include <tuple>
+
+#include "../core/host.h"
+#include "causal_conv1d.h"
+
+namespace mamba2::causal_conv1d {
+
+struct Arguments {
+  Tensor x, weight;
+  OptionalTensor bias, initial_states, cu_seqlens;
+  bool silu = false;
+};
+
+struct ForwardCall {
+  ForwardParams params;
+  Tensor y, final_states;
+  std::vector<Tensor> kept;  // copies that params point into
+};
+ForwardCall prepare_forward(const Arguments& arguments, bool return_final_states);
+
+struct BackwardCall {
+  BackwardParams params;
+  Tensor dx, dweight, dbias, d_initial_states;  // 0 elements: absent, or written to a destination
+  std::vector<Tensor> kept;
+  OptionalTensor destination;  // of dx, where kernels cannot write it in place
+  Tensor written;              // ... and what to copy there
+
+  // To be called when the gradients are written (or their kernels launched).
+  void finish();
+};
+BackwardCall prepare_backward(const Tensor& dy, const OptionalTensor& d_final_states,
+                              const Arguments& arguments, const OptionalTensor& dx);
+
+struct StepCall {
+  StepParams params;
+  Tensor y;
+  std::vector<Tensor> kept;
+};
+StepCall prepare_step(const Tensor& state, const Tensor& x, const Tensor& weight,
+                      const OptionalTensor& bias, bool silu, const OptionalTensor& state_indices);
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+}  // namespace mamba2::causal_conv1d
