@@ -57,11 +57,15 @@ struct ChunkScanGradientParams {
   void* dA = nullptr;         // (chunks, h) U out    partial sums
   void* d_dt_bias = nullptr;  // (chunks, h) U out
   void* dD = nullptr;         // (chunks, h, p) U out, optional
+  int slices = 1;             // of a group's heads; several: sums of dB and dC of each slice
+  void *dB_slices = nullptr, *dC_slices = nullptr;  // (slices, chunks, g, q, n) U out
 };
 // dx, d_dt and the chunks' parts of dA, d_dt_bias, dD.
 int chunk_scan_gradient_x(const ChunkScanGradientParams&, void* stream);
-// dB and dC, summed over the heads of a group.
+// dB and dC, summed over the heads of a group, or over those of its slices.
 int chunk_scan_gradient_BC(const ChunkScanGradientParams&, void* stream);
+// dB and dC from the sums of the slices.
+int sum_over_slices(const ChunkScanGradientParams&, void* stream);
 
 struct SumOverChunksParams {
   int64_t chunks = 0;

@@ -1,7 +1,7 @@
 // Tier any: the stages in the order of the equation, for every type and size.
 // Workspace, forward: states (chunks, h, p, n) and decays (chunks, h) in fp32 (fp64 for fp64), and
-// the chunk table of packed sequences. The backward has the states twice, and the chunks' parts of
-// the parameters' gradients.
+// the chunk table of packed sequences. The backward has the states twice, the chunks' parts of the
+// parameters' gradients, and dB and dC of slices of the heads, in fp32 (fp64), where there are any.
 #include "../core/workspace.h"
 #include "launch.h"
 #include "stages_any.h"
@@ -18,6 +18,25 @@ int64_t numel_of_states(const Shape& shape) {
   return shape.chunks(kChunkTokens) * shape.h * shape.p * shape.n;
 }
 
+// The slices of a group's heads in chunk_scan_gradient_BC: as many as keep the card busy. Its
+// blocks fill an SM each; storing and adding up a slice takes about as long as a head.
+int head_slices(const Shape& shape, const Plan& plan, const Device& device) {
+  const int heads = shape.heads_per_group();
+  constexpr int kInvariantSliceHeads = 16;  // whatever else there is to fill the card with
+  if (plan.batch_invariant && heads > 0) return ceil_div(heads, kInvariantSliceHeads);
+  const int64_t sms = device.sm_count < 1 ? 1 : device.sm_count;
+  const int64_t blocks = shape.chunks(kChunkTokens) * shape.g * ceil_div(shape.n, 64);
+  const auto cost = [&](int slices) {
+    const int64_t extra = slices > 1 ? 1 : 0;
+    return ceil_div(blocks * slices, sms) * (ceil_div(heads, slices) + extra);
+  };
+  int best = 1;
+  for (int slices = 2; slices <= heads; ++slices) {
+    if (cost(slices) < cost(best)) best = slices;
+  }
+  return best;
+}
+
 // What lies in the workspace. With no memory behind it, it only counts.
 struct ForwardMemory {
   void *chunk_table, *states, *decay;
@@ -30,14 +49,20 @@ struct ForwardMemory {
 };
 struct BackwardMemory : ForwardMemory {
   void *d_states, *dA, *d_dt_bias, *dD;
-  BackwardMemory(const Shape& shape, DType dtype, bool has_states, Workspace& memory)
-      : ForwardMemory(shape, dtype, has_states, memory) {
+  void *dB_slices, *dC_slices;
+  int slices;
+  BackwardMemory(const Shape& shape, DType dtype, bool has_states, int slices, Workspace& memory)
+      : ForwardMemory(shape, dtype, has_states, memory), slices(slices) {
     const auto size = size_of(accumulator_of(dtype));
+    const auto rows = shape.chunks(kChunkTokens) * kChunkTokens;
+    const auto sliced = slices > 1 ? slices * rows * shape.g * shape.n * size : 0;
     const auto parts = shape.chunks(kChunkTokens) * shape.h * size;
     d_states = memory.take(numel_of_states(shape) * size);
     dA = memory.take(parts);
     d_dt_bias = memory.take(parts);
     dD = memory.take(parts * shape.p);
+    dB_slices = memory.take(sliced);
+    dC_slices = memory.take(sliced);
   }
 };
 
@@ -90,8 +115,14 @@ int gradients(const BackwardParams& params, const Work& work, const BackwardMemo
   scan.dA = memory.dA;
   scan.d_dt_bias = memory.d_dt_bias;
   scan.dD = params.dD ? memory.dD : nullptr;
+  scan.slices = memory.slices;
+  scan.dB_slices = memory.dB_slices;
+  scan.dC_slices = memory.dC_slices;
   if (const int error = chunk_scan_gradient_x(scan, stream)) return error;
   if (const int error = chunk_scan_gradient_BC(scan, stream)) return error;
+  if (scan.slices > 1) {
+    if (const int error = sum_over_slices(scan, stream)) return error;
+  }
 
   SumOverChunksParams sums;
   sums.chunks = work.chunks;
@@ -127,10 +158,12 @@ std::size_t forward_workspace_bytes(const Problem& problem, const Plan& plan, co
   ForwardMemory(problem.shape, problem.dtype, kept, counted);
   return counted.bytes();
 }
-std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan, const Device&) {
+std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan,
+                                     const Device& device) {
   Workspace counted;
   const bool kept = problem.save_states && chunk_states_numel(problem, plan) > 0;
-  BackwardMemory(problem.shape, problem.dtype, kept, counted);
+  const int slices = head_slices(problem.shape, plan, device);
+  BackwardMemory(problem.shape, problem.dtype, kept, slices, counted);
   return counted.bytes();
 }
 
@@ -160,12 +193,13 @@ int forward(const ForwardParams& params, const Plan&, const Device&, void* works
   return zero_outside(in.shape, work.chunking, outside, stream);
 }
 
-int backward(const BackwardParams& params, const Plan&, const Device&, void* workspace,
+int backward(const BackwardParams& params, const Plan& plan, const Device& device, void* workspace,
              void* stream) {
   const Inputs& in = params.in;
   const Shape& shape = in.shape;
   Workspace carved(workspace);
-  const BackwardMemory memory(shape, in.dtype, params.chunk_states != nullptr, carved);
+  const BackwardMemory memory(shape, in.dtype, params.chunk_states != nullptr,
+                              head_slices(shape, plan, device), carved);
   Work work;
   if (const int error = make_work(in, memory.chunk_table, &work, stream)) return error;
   const void* states = params.chunk_states;

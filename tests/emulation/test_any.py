@@ -1,6 +1,7 @@
 """Tier any and the CUDA host path, on the emulated card: every output and gradient against fp64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,36 @@ def test_roundings_of_equal_decays_do_not_add_up(run):
 def test_cancelling_decay_gradient(run):
     """Strong decay: d_dt and dA are sums of small terms, lost if formed as differences of large."""
     check(run, Case(b=1, l=130, h=2, g=1, p=5, n=3, decay="strong", dt_bias=True), repeat=False)
+
+
+BATCH_INVARIANT = 1 << 8  # csrc/ssd/plan.h
+FORTY_HEADS = Case(b=1, l=70, h=80, g=2, p=5, n=3)  # few blocks for dB and dC on a large card
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("plan", [ANY, ANY | BATCH_INVARIANT])
+def test_heads_in_slices(emulated, plan, dtype):
+    emulated.schedule(sms=64)
+    run = run_ops(emulated.ops, plan)
+    check(run, replace(FORTY_HEADS, dtype=dtype, z=True))
+    check(run, replace(FORTY_HEADS, dtype=dtype, cu_seqlens=(3, 3, 9, 14, 68)))
+
+
+def test_when_heads_are_in_slices(emulated):
+    """The card decides; or, so that a batch does not change its rows, the heads alone."""
+    dy, d_final = make_gradients(FORTY_HEADS)
+
+    def dB(plan, sms, b=1):
+        emulated.schedule(sms=sms)
+        inputs = make_inputs(FORTY_HEADS)
+        batched = ("x", "B", "C", "dt")
+        inputs |= {k: torch.cat([inputs[k]] * b) for k in batched}
+        gradients = torch.cat([dy] * b), torch.cat([d_final] * b)
+        return run_ops(emulated.ops, plan)(inputs, *gradients)["dB"][:1]
+
+    assert not torch.equal(dB(ANY, sms=1), dB(ANY, sms=64))  # the order of the sum is another
+    invariant = ANY | BATCH_INVARIANT
+    assert torch.equal(dB(invariant, sms=1), dB(invariant, sms=64, b=2))
 
 
 def test_packed_sequences_do_not_meet(run):
