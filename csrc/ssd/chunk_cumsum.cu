@@ -32,6 +32,7 @@ struct CumsumParams {
   int h;
   float* delta;          // (chunks, h, q) out
   float* a_cumsum_log2;  // (chunks, h, q) out
+  WordsToClear clear;
 };
 
 template <int q>
@@ -95,12 +96,16 @@ MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, in
 }
 
 template <int q>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64 ? 6 : 4)
     chunk_cumsum_kernel(MAMBA2_GRID_CONSTANT const CumsumParams params) {
   CumsumShared<q>& shared = *static_cast<CumsumShared<q>*>(ptx::dynamic_smem());
   const int head_tiles = ceil_div(params.h, kHeads);
   const int i_chunk = blockIdx.x / head_tiles, head_base = blockIdx.x % head_tiles * kHeads;
   ptx::griddepcontrol_launch_dependents();
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < params.clear.count;
+       i += gridDim.x * kThreads) {
+    params.clear.words[i] = 0;
+  }
   const Chunk chunk = params.chunking.at(i_chunk);
   if (chunk.i_seq < 0) return;
 
@@ -137,7 +142,7 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
 }  // namespace
 
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream) {
+                 void* stream, const WordsToClear& clear) {
   const Range range("chunk_cumsum");
   const CumsumParams params{in.dt,
                             in.dt_dtype,
@@ -150,7 +155,8 @@ int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float
                             chunking,
                             in.shape.h,
                             delta,
-                            a_cumsum_log2};
+                            a_cumsum_log2,
+                            clear};
   const int64_t chunks = in.shape.chunks(chunking.q);
   switch (chunking.q) {
     case 64:

@@ -1,9 +1,8 @@
 // Instances of fused_scan (sm_90a) and their launch.
 #include "../core/launch.h"
-#include "fused_scan_loader_sm90.cuh"
-#include "fused_scan_output_sm90.cuh"
+#include "fused_scan_feed_sm90.cuh"
+#include "fused_scan_scanner_sm90.cuh"
 #include "fused_scan_sm90.h"
-#include "fused_scan_state_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 namespace {
@@ -15,22 +14,24 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   constexpr int kStages = fused_scan_stages<T, kN, kGate>();
   auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());
   const int role = threadIdx.x / tile::kWarpgroup, thread = threadIdx.x % tile::kWarpgroup;
-  constexpr int kReaders = kStateOnly ? 1 : 1 + kUnits;  // warpgroups that read a stage
   if (threadIdx.x == 0) {
-    s.ring.init(1, kReaders * tile::kWarpgroup);
-    for (auto& ring : s.state_ring) ring.init(tile::kWarpgroup, tile::kWarpgroup);
+    s.ring.init(1, (1 + kUnits) * tile::kWarpgroup);
+    s.weights_ring.init(tile::kWarpgroup, kUnits * tile::kWarpgroup);
     ptx::fence_mbarrier_init();
   }
+  for (int i = 0; i < kBuffers * kUnits; ++i)  // blocks above the diagonal are never written again
+    tile::zero_rows<kQ>(s.weights[i / kUnits].scores[i % kUnits], 0, threadIdx.x, kThreads);
+  ptx::fence_proxy_async_shared();
   __syncthreads();
   if (role == kLoader) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
     if (thread == 0) Loader<T, kN, kGate, kStages, kStateOnly>{args, s, {}}.run();
-  } else if (role == kState) {
-    ptx::setmaxnreg_inc<kStateRegisters + (kStateOnly ? 16 : 0)>();  // (no outputs there)
-    StateKeeper<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();
-  } else if constexpr (!kStateOnly) {
-    ptx::setmaxnreg_inc<kOutputRegisters>();
-    Output<T, kN, kGate, kStages>(args, s, role - kFirstOutput, thread).run();
+  } else if (role == kScorer) {
+    ptx::setmaxnreg_dec<kScorerRegisters>();
+    Scorer<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();
+  } else {
+    ptx::setmaxnreg_inc<kScannerRegisters>();
+    Scanner<T, kN, kGate, kStages, kStateOnly>(args, s, role - kFirstScanner, thread).run();
   }
 #endif
 }
@@ -40,6 +41,7 @@ int run(const FusedScanArgs& args, int sm_count, void* stream) {
   LaunchShape at;
   at.grid = dim3(args.tasks < sm_count ? args.tasks : sm_count);
   at.threads = kThreads;
+  at.programmatic = true;  // blocks set up while chunk_cumsum ends
   at.smem_bytes = sizeof(FusedScanSmem<T, kN, kGate, fused_scan_stages<T, kN, kGate>()>);
   return launch(fused_scan_kernel<T, kN, kGate, kStateOnly>, at, stream, args);
 }

@@ -5,20 +5,20 @@
 //
 // A unit is one head's block of 64 channels; a block of threads takes pairs of units of one group,
 // which share the tiles of B and C. Four warpgroups pass chunks along:
-//   loader  one thread: tickets, TMA into the ring of stages;
-//   state   both units' states (64 p, n) in fp32 accumulators: hands the state entering the chunk,
-//           rounded, to the output warpgroups, then S = 2^a_q S + (weighted x)^T B;
-//   output  one unit each: C B^T, weighted in registers (L o delta) into the A fragments of the sum
-//           over x; C S^T; D x, the gate, the store.
-// So the serial chain holds the state's update and nothing else, and runs ahead of the outputs.
+//   loader   one thread: tickets, TMA into the ring of stages;
+//   scorer   C B^T once for the pair, then C B^T o L o delta of each unit, rounded, to shared memory;
+//   scanners one unit each: the state S (64 p, n) stays in fp32 accumulators; rounded, it is at once
+//            the A operand of S C^T, so nothing on the serial chain passes through shared memory.
+// All products of a scanner are transposed, (p, tokens), so that x is an A operand of both sums and
+// D x and the gate are thread-local.
 //
 // Work: tasks (pair, run of chunks), persistent blocks.
 //   tickets:  runs follow one another through a fp32 carry in global memory, in ticket order (a task
 //             waits only for one with a smaller ticket): exact, any cut gives the same bits.
 //   segments: runs start from known states: pass one (kStateOnly) computes what each run adds,
 //             segment_scan adds them up, pass two runs all of them at once.
-// Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), the rounded states,
-// two buffers of y: 216 KB at n = 128. Registers: state 200, output 136.
+// Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), two buffers of
+// weights and of y: 218 KB at n = 128. Registers: scorer 80, scanner 192.
 // Bound: tensor pipe, HBM and issue slots within 1.5x of each other; see docs/kernels.md.
 // Not supported: p not a multiple of 64, n not 64 or 128, 32-bit types.
 #pragma once
@@ -30,15 +30,13 @@ namespace mamba2::ssd::sm90 {
 
 constexpr int kQ = 64;      // tokens a chunk: M = 64 is what one wgmma covers
 constexpr int kP = 64;      // channels a unit
-constexpr int kUnits = 2;   // their states are what one warpgroup's registers hold
-constexpr int kBuffers = 2;  // of y
+constexpr int kUnits = 2;   // scanners; the registers of one SM hold no third
+constexpr int kBuffers = 2;  // of weights and of y
 constexpr int kMaxStages = 4;
 constexpr int kThreads = (2 + kUnits) * tile::kWarpgroup;
-enum Role : int { kLoader = 0, kState = 1, kFirstOutput = 2 };
+enum Role : int { kLoader = 0, kScorer = 1, kFirstScanner = 2 };
 // What one SM has: 512 registers for the four threads, one of each role, together.
-constexpr int kLoaderRegisters = 40, kStateRegisters = 200, kOutputRegisters = 136;
-// Barriers: 0 is __syncthreads.
-enum Barrier : int { kBarrierState = 1, kBarrierTail = 4, kBarrierOutput = kFirstOutput };
+constexpr int kLoaderRegisters = 40, kScorerRegisters = 72, kScannerRegisters = 200;
 
 enum class Schedule : int { tickets, segments };
 
@@ -120,22 +118,28 @@ struct alignas(1024) Stage {
   float delta[kUnits][kQ];
 };
 
+// What the scorer hands to the scanners.
+template <class T>
+struct alignas(1024) Weights {
+  T scores[kUnits][kQ * kQ];        // C B^T o L o delta, [i][j]
+  float row_decay[kUnits][kQ];      // 2^a_i
+  float input_weight[kUnits][kQ];   // 2^(a_q - a_j) delta_j
+};
+
 template <class T, int kN, bool kGate, int kStages>
 struct alignas(1024) FusedScanSmem {
   Stage<T, kN, kGate> stage[kStages];
-  T state[kUnits][kP * kN];             // panels [p][64 n]: entering the chunk, rounded
-  T y[kBuffers][kUnits][kQ * kP];       // [token][p]
-  float input_weight[kUnits][kQ];       // 2^(a_q - a_j) delta_j
-  float D[kUnits][kP];
+  Weights<T> weights[kBuffers];
+  T y[kBuffers][kUnits][kQ * kP];  // [token][p]
   StageInfo info[kStages];
   tile::Ring<kStages> ring;
-  tile::Ring<1> state_ring[kUnits];
+  tile::Ring<kBuffers> weights_ring;
 };
 
 // As many stages as 227 KB hold.
 template <class T, int kN, bool kGate>
 constexpr int fused_scan_stages() {
-  constexpr int rest = int(sizeof(T)) * kUnits * kP * (kN + kBuffers * kQ) + 2048;
+  constexpr int rest = kBuffers * int(sizeof(Weights<T>) + sizeof(T) * kUnits * kQ * kP) + 1024;
   for (int s = kMaxStages; s > 1; --s)
     if (s * int(sizeof(Stage<T, kN, kGate>)) + rest <= 227 * 1024) return s;
   return 1;

@@ -15,7 +15,4 @@ int segment_scan(float* carry, const float* through_log2, int segments, int unit
 // final_states of packed sequences that have no token: their initial states, or zero.
 int finish_empty_sequences(const ForwardParams& params, const Chunking& chunking, void* stream);
 
-// Zeroes the call's own tickets and flags.
-int clear_words(int* words, int count, void* stream);
-
 }  // namespace mamba2::ssd::sm90

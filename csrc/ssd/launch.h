@@ -34,9 +34,15 @@ int zero_outside(const Shape& shape, const Chunking& chunking, const ZeroTargets
                  void* stream);
 
 // ---- chunk_cumsum.cu ----
+// Words of a later kernel of the same call that must start at 0 (its tickets and flags): cleared on
+// the way, which saves a launch.
+struct WordsToClear {
+  int* words = nullptr;
+  int count = 0;
+};
 // q of `chunking` is 64, 128 or 256.
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream);
+                 void* stream, const WordsToClear& clear = {});
 
 namespace sm80 {
 

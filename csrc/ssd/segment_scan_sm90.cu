@@ -41,11 +41,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 4)
   }
 }
 
-__global__ void clear_words_kernel(int* words, int count) {
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
-    words[i] = 0;
-}
-
 // grid: (elements of a sequence's states / kScanThreads, sequences)
 __global__ void finish_empty_kernel(Chunking chunking, AnyFloat initial_states, float* final_states,
                                     int64_t elements) {
@@ -76,13 +71,6 @@ int segment_scan(float* carry, const float* through_log2, int segments, int unit
   at.grid = dim3(elements / 4 / kScanThreads, units);
   at.threads = kScanThreads;
   return launch(segment_scan_kernel, at, stream, carry, through_log2, segments, units, elements);
-}
-
-int clear_words(int* words, int count, void* stream) {
-  LaunchShape at;
-  at.grid = dim3(count < 1024 ? 1 : 8);
-  at.threads = 256;
-  return launch(clear_words_kernel, at, stream, words, count);
 }
 
 }  // namespace mamba2::ssd::sm90

@@ -86,8 +86,8 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
 
   FusedScanArgs args{};
   if (int e = make_chunking(in, kQ, at.chunking, &args.chunking, stream)) return e;
-  if (int e = chunk_cumsum(in, args.chunking, at.delta, at.a_cumsum_log2, stream)) return e;
-  if (int e = clear_words(at.words, 2 + at.flags, stream)) return e;
+  const WordsToClear words{at.words, 2 + at.flags};
+  if (int e = chunk_cumsum(in, args.chunking, at.delta, at.a_cumsum_log2, stream, words)) return e;
   if (int e = make_maps(params, &args)) return e;
   args.total_chunks = int(shape.chunks(kQ));
   args.rows = int(shape.nseq);
