@@ -1,0 +1,1 @@
+"""Multi-query associative recall, as in the paper's figure 8."""
