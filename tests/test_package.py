@@ -129,10 +129,11 @@ def test_cpu_only_build_says_so():
         state._op_dk(torch._C.DispatchKey.CUDA, x, dt, A, x, None, False, 0.0, 1.0, 0)
 
 
-def test_readme_runs_as_it_stands():
+def test_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(block, names)

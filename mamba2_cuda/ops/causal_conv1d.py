@@ -81,12 +81,12 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, d_final_states):
-        x = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing wants that
         if dy is None:
-            dy = torch.zeros_like(x)
+            dy = torch.zeros_like(saved[0])
         if not ctx.return_final_states:
             d_final_states = None  # torch.compile makes up zeros for the absent output
-        gradients = _CausalConv1dBackward.apply(dy, d_final_states, *ctx.saved_tensors, ctx.silu)
+        gradients = _CausalConv1dBackward.apply(dy, d_final_states, *saved, ctx.silu)
         wanted = ctx.needs_input_grad[2:6]
         return None, None, *(g if need else None for g, need in zip(gradients, wanted)), None
 
