@@ -33,8 +33,8 @@ MAMBA2_DEVICE const void* panel_address(const void* panel, int row, int column) 
   return panel_address(const_cast<void*>(panel), row, column);
 }
 
-// A value that all threads of a warp have, said so that the compiler knows: it then lives in uniform
-// registers, and branches on it do not diverge.
+// A value that all threads of a warp have, said so that the compiler knows: it then lives in
+// uniform registers, and branches on it do not diverge.
 MAMBA2_DEVICE int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
 
 struct Lane {
@@ -45,15 +45,20 @@ struct Lane {
 };
 
 // ---- operands of wgmma in shared memory ----
+// A descriptor some bytes further on. The address is in its low word and cannot carry out of it, so
+// that all steps of a product share the arithmetic of the first.
+MAMBA2_DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor >> 32 << 32) | low;
+}
 // [mn][k]: k contiguous. kPanelRows rows of M or N; panels of 64 k.
 template <int kPanelRows>
 struct KMajor {
   static constexpr bool kTranspose = false;
   const void* tile;
   MAMBA2_DEVICE uint64_t at(int k_step) const {
-    const char* p = static_cast<const char*>(tile) + (k_step / 4) * panel_bytes<kPanelRows>() +
-                    (k_step % 4) * 32;
-    return ptx::wgmma_descriptor(p, 16, kSwizzleAtomBytes);
+    return advance(ptx::wgmma_descriptor(tile, 16, kSwizzleAtomBytes),
+                   k_step / 4 * panel_bytes<kPanelRows>() + k_step % 4 * 32);
   }
 };
 // [k][mn]: mn contiguous. kPanelRows rows of k; panels of 64 mn.
@@ -62,8 +67,8 @@ struct MnMajor {
   static constexpr bool kTranspose = true;
   const void* tile;
   MAMBA2_DEVICE uint64_t at(int k_step) const {
-    return ptx::wgmma_descriptor(static_cast<const char*>(tile) + k_step * 2 * kSwizzleAtomBytes,
-                                 panel_bytes<kPanelRows>(), kSwizzleAtomBytes);
+    return advance(ptx::wgmma_descriptor(tile, panel_bytes<kPanelRows>(), kSwizzleAtomBytes),
+                   k_step * 2 * kSwizzleAtomBytes);
   }
 };
 
