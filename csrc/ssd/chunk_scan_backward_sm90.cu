@@ -14,7 +14,7 @@
 // Warpgroups: a producer; the state side (products with S and G: dC, dB, E, K, dD); the token side
 //   (products of tokens, transposed: rows are j): dx, dCB, R, Q, F. C B^T is computed once and
 //   parked in shared memory in fp32; dCB meets B and C once, after the last head.
-// Shared memory: 2 stages x (x, dy of two blocks, S, G) + B, C of two blocks + C B^T: 206 KB at
+// Shared memory: 2 stages x (x, dy of two blocks, S, G) + B, C of two blocks + C B^T: 213 KB at
 //   n = 128. Registers: 240 a consumer thread.
 // Bound by HBM (80 KB a chunk and head), with issue slots and the tensor pipe close behind.
 // Not supported: p other than 64, n other than 64 and 128.
