@@ -49,10 +49,14 @@ class HuggingFaceTokenizer:
 
 
 class TextStream:
-    """Tokens one at a time -> pieces of text, held back while a character is incomplete."""
+    """Tokens one at a time -> pieces of text, held back while a character is incomplete.
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.tokens, self.said = tokenizer, [], 0
+    `before`: the tokens of a text that they continue, which is not said again.
+    """
+
+    def __init__(self, tokenizer, before=()):
+        self.tokenizer, self.tokens = tokenizer, list(before)
+        self.said = len(tokenizer.decode(self.tokens))
 
     def add(self, token):
         """The text that this token completes, which may be empty."""

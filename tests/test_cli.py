@@ -74,6 +74,24 @@ def test_generate_prints_the_continuation(trained, capsys, monkeypatch):
     assert said.startswith("the") and "\n\nbrown fox" in said
 
 
+def test_a_tokenizer_of_ones_own_goes_with_the_model(trained, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    words = {word: i for i, word in enumerate("? the quick brown fox <|endoftext|>".split())}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    own.save(str(tmp_path / "own.json"))
+    options = ["--data", trained / "0.txt", "--tokenizer", tmp_path / "own.json"]
+    options += ["--config", trained / "config.json", "--out", tmp_path / "run"]
+    assert run(*TRAIN.split(), *options, "--length", "8") == 0
+    model = tmp_path / "run/model"
+    assert load_model(model).config.vocab_size == 6
+    capsys.readouterr()
+    command = f"generate {model} --prompt the --max-new-tokens 20 --ignore-eos --device cpu"
+    assert run(*command.split()) == 0
+    said = capsys.readouterr().out.split()
+    assert len(said) > 5 and set(said) <= set(words)
+
+
 def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
     for command, complaint in {
         f"info {tmp_path}": "config.json",

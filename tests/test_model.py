@@ -82,6 +82,7 @@ def test_packed_sequences_are_what_they_are_alone(options):
     model, lengths = make_model(**options), [3, 0, 1, 5, 2]
     tokens, cu = some_tokens(1, 11), torch.tensor([0, 3, 3, 4, 9, 11])
     packed = model(tokens, cu_seqlens=cu)
+    assert torch.equal(model(tokens, cu_seqlens=cu.int()), packed)
     alone = [model(part) for part in tokens.split(lengths, 1) if part.numel()]
     torch.testing.assert_close(packed, torch.cat(alone, 1))
     other = tokens.clone()

@@ -8,6 +8,7 @@ namespace {
 constexpr const char* kOperators[] = {
     "ssd_scan_forward",          "ssd_scan_backward",          "ssd_scan_backward_out",
     "ssd_segment_state_forward", "ssd_segment_state_backward", "ssd_step",
+    "causal_conv1d_forward",     "causal_conv1d_backward",     "causal_conv1d_step",
 };
 
 void refuse(StableIValue*, uint64_t, uint64_t) {

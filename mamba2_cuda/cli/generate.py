@@ -94,15 +94,14 @@ def run(options):
     if len(texts) == 1:
         stream(model, tokenizer, texts[0], prompts, options.max_new_tokens, settings)
         return
-    for text, tokens in zip(
-        texts, generate_tokens(model, prompts, options.max_new_tokens, **settings)
-    ):
-        print(f"{text}{tokenizer.decode([t for t in tokens if t not in eos])}\n")
+    said = generate_tokens(model, prompts, options.max_new_tokens, **settings)
+    for prompt, tokens in zip(prompts, said):
+        print(tokenizer.decode(prompt + [t for t in tokens if t not in eos]) + "\n")
 
 
 def stream(model, tokenizer, text, prompts, count, settings):
     """Prints one continuation, a character as soon as it is whole."""
-    pieces = TextStream(tokenizer)
+    pieces = TextStream(tokenizer, prompts[0])
 
     def say(tokens):
         if tokens[0] not in settings["eos"]:

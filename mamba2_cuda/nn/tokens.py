@@ -49,7 +49,7 @@ class Tokens:
 
     def sequence_starts(self, index):
         """(l,): where the packed sequence of each token begins; at 0 before the first."""
-        cu = self.cu_seqlens.clamp(0, self.l).cummax(0).values
+        cu = self.cu_seqlens.to(index.dtype).clamp(0, self.l).cummax(0).values
         number = torch.bucketize(index, cu, right=True)
         return torch.cat([cu.new_zeros(1), cu])[number]
 
