@@ -16,7 +16,7 @@
 #include "scan_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
-namespace {
+namespace sweeps {
 
 constexpr int kHeads = 2, kStages = 4;
 constexpr int kConsumerThreads = kHeads * tile::kWarpgroup, kThreads = kConsumerThreads + 32;
@@ -254,10 +254,11 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
 #endif
 }
 
-}  // namespace
+}  // namespace sweeps
 
 int state_sweeps(const BackwardArgs& args, DType dtype, void* stream) {
   const Range range("state_sweeps");
+  using namespace sweeps;
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
     const unsigned pairs = args.g * ceil_div(args.heads_per_group(), kHeads);
