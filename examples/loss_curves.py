@@ -47,7 +47,7 @@ def parse(arguments):
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="nats (0.05)")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="nats (0.02)")
     parser.add_argument("--out", type=Path, default=Path("out/loss_curves"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device)

@@ -41,6 +41,15 @@ def test_a_decoder_forgets_between_prompts(model):
 
 
 @torch.no_grad()
+def test_a_decoder_follows_the_weights(model):
+    decoder = Decoder(model, 1, 25, sampling=GREEDY)
+    for prompt in ([6], [6, 2]):
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        assert decoder.generate([prompt], 20) == [by_whole_forwards(model, prompt, 20)]
+
+
+@torch.no_grad()
 def test_a_row_ends_at_eos_and_the_others_go_on(model):
     free = [by_whole_forwards(model, prompt, 40) for prompt in PROMPTS]
     eos = (free[0][2], 31)

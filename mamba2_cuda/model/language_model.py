@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba2_cuda.nn import Attention, Block, Cache, Mamba2, RMSNorm, Tokens
+from mamba2_cuda.nn import Attention, Block, Cache, Mamba2, MixerCache, RMSNorm, Tokens
 
 
 class Backbone(nn.Module):
@@ -87,6 +87,8 @@ class Mamba2LMHeadModel(nn.Module):
         last_only   logits of each row's last token alone: (b, 1, padded_vocab_size)
         """
         tokens = self.describe(input_ids, cache, pads, cu_seqlens)
+        if cache is not None and cache.seen == 0:
+            self.begin(cache)
         hidden = self.backbone(input_ids, tokens, cache)
         if cache is not None:
             cache.first += tokens.l
@@ -115,6 +117,12 @@ class Mamba2LMHeadModel(nn.Module):
             cache.pads.copy_(pads)
             cache.padded = True
         return Tokens(l, cache.seen, cache.first, cache.pads if cache.padded else None)
+
+    def begin(self, cache):
+        """What a cache keeps of the weights is brought up to date with them."""
+        for layer, layer_cache in zip(self.backbone.layers, cache.layers):
+            if isinstance(layer_cache, MixerCache):
+                layer_cache.A.copy_(layer.mixer.A().detach())
 
     def allocate_cache(self, batch, max_length=None, dtype=None, state_dtype=None):
         """An empty Cache. max_length is needed when there are attention layers."""

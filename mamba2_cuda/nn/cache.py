@@ -9,6 +9,7 @@ import torch
 class MixerCache:
     conv: torch.Tensor  # (b, d_conv - 1, conv_channels), the last inputs of the convolution
     ssm: torch.Tensor  # (b, h, p, n), the state
+    A: torch.Tensor  # (h,), what the mixer's A was when this began: computed once, not every step
 
     def reset(self):
         self.conv.zero_()

@@ -81,7 +81,7 @@ class Mamba2(nn.Module):
         xBC = self.conv1d(hide(xBC, real), cu_seqlens, None if cache is None else cache.conv)
         x, B, C = self.layout.split_conv(hide(xBC, real))
         if cache is not None and u.size(1) == 1:
-            y = self.step(cache.ssm, x[:, 0], dt[:, 0], B[:, 0], C[:, 0], z[:, 0])[:, None]
+            y = self.step(cache, x[:, 0], dt[:, 0], B[:, 0], C[:, 0], z[:, 0])[:, None]
         else:
             y = self.scan(x, dt, B, C, z, cu_seqlens, cache)
         y = y.flatten(-2)
@@ -97,8 +97,8 @@ class Mamba2(nn.Module):
         cache.ssm.copy_(after)
         return y
 
-    def step(self, state, x, dt, B, C, z):
-        return functional.ssd_step(state, x, dt, self.A(), B, C, **self.scan_options(z))
+    def step(self, cache, x, dt, B, C, z):
+        return functional.ssd_step(cache.ssm, x, dt, cache.A, B, C, **self.scan_options(z))
 
     def A(self):
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
@@ -126,6 +126,7 @@ class Mamba2(nn.Module):
             weight.new_zeros(
                 batch, layout.heads, layout.headdim, layout.d_state, dtype=state_dtype
             ),
+            self.A().detach(),
         )
 
 
