@@ -23,6 +23,7 @@ from mamba2_cuda.training import (
     split,
     tokenize,
 )
+from mamba2_cuda.training.events import EventFile, checksum, crc32c
 from mamba2_cuda.training.run_state import load_state, states
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -138,9 +139,35 @@ def test_a_run_learns_and_leaves_what_it_says(tmp_path):
     assert log.column("held_out_loss")[0] == list(range(5, 61, 5))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == log.lines
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert len(records(events)) == 61
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-000000050.pt", "step-000000060.pt"}
     assert (tmp_path / "model/model.safetensors").exists()
+
+
+def records(path):
+    """The payloads of a file of length-checked records, their checksums compared."""
+    content, found = path.read_bytes(), []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        data = content[12 : 12 + size]
+        assert content[8:12] == checksum(content[:8])
+        assert content[12 + size : 16 + size] == checksum(data)
+        found.append(data)
+        content = content[16 + size :]
+    return found
+
+
+def test_events_are_as_tensorboard_reads_them(tmp_path):
+    assert crc32c(b"123456789") == 0xE3069283, "the check value of CRC-32C"
+    file = EventFile(tmp_path)
+    file.add(300, {"loss": 1.5})
+    version, scalar = records(file.path)
+    assert version[9:] == b"\x10\x00\x1a\x0dbrain.Event:2"
+    assert scalar[0] == 0x09, "field 1, a double: the time"
+    # step 300; a summary of 13 bytes; a value of 11: the tag, and 1.5 as a float
+    assert scalar[9:] == b"\x10\xac\x02\x2a\x0d\x0a\x0b\x0a\x04loss\x15" + b"\x00\x00\xc0\x3f"
 
 
 def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path):

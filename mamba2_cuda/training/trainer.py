@@ -8,6 +8,7 @@ import torch
 
 from mamba2_cuda.model import save_model
 
+from .events import EventFile
 from .recipe import make_optimizer
 from .report import Log, ProgressBar, plot
 from .run_state import load_state, newest_state, save_state, states
@@ -17,7 +18,9 @@ class Trainer:
     """Trains `model` on `windows` by `recipe`, into the folder `out`.
 
     out/checkpoints/   what a killed run goes on from, every recipe.save_every steps
-    out/log.jsonl      a line a step        out/loss.png        out/model/   the result
+    out/log.jsonl      a line a step; the same for TensorBoard in out/tensorboard/
+    out/loss.png       the losses
+    out/model/         the result
 
     A run that goes on does what the uninterrupted one would have done, bit for bit: weights,
     moments, step (which is the place in the data) and the states of the random generators are kept.
@@ -40,6 +43,7 @@ class Trainer:
         if resume and states(self.out / "checkpoints"):
             self.restore(load_state(newest_state(self.out / "checkpoints")))
         log = Log(self.out / "log.jsonl", self.step)
+        events = EventFile(self.out / "tensorboard")
         bar = ProgressBar(self.recipe.steps, progress)
         while self.step < self.recipe.steps:
             line = self.train_step()
@@ -47,6 +51,7 @@ class Trainer:
             if last or self.step % self.recipe.validate_every == 0:
                 line["held_out_loss"] = self.validate()
             log.add(**line)
+            events.add(self.step, {k: v for k, v in line.items() if k != "step"})
             if last or self.step % self.recipe.save_every == 0:
                 save_state(self.out / "checkpoints", self.step, self.state())
             if "held_out_loss" in line:
