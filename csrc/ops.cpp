@@ -89,4 +89,15 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
   m.def(
       "causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
       "Tensor? state_indices) -> Tensor y");
+
+  // The normalisation after the scan. x, z, y (b, l, d) of one dtype; weight (d); group_size
+  // divides d. dweight fp32 (fp64 when x is); dx, dz may be given as strided destinations, and come
+  // back as 0-element tensors then.
+  m.def(
+      "gated_rmsnorm_forward(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, "
+      "bool norm_before_gate) -> Tensor y");
+  m.def(
+      "gated_rmsnorm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, "
+      "int group_size, bool norm_before_gate, Tensor(a!)? dx, Tensor(b!)? dz)"
+      " -> (Tensor dx, Tensor dweight, Tensor dz)");
 }

@@ -17,6 +17,7 @@ _HOME_OF = {
     "ssd_step": "ops",
     "causal_conv1d": "ops",
     "causal_conv1d_step": "ops",
+    "gated_rmsnorm": "ops",
     "batch_invariant": "ops",
     "explain": "_explain",
     "build_info": "_explain",

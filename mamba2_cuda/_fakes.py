@@ -105,3 +105,16 @@ def _(dy, d_final_states, x, weight, bias, initial_states, cu_seqlens, silu, dx)
 @fake("mamba2_cuda::causal_conv1d_step")
 def _(state, x, *_options):
     return x.new_empty(x.shape)
+
+
+@fake("mamba2_cuda::gated_rmsnorm_forward")
+def _(x, *_options):
+    return x.new_empty(x.shape)
+
+
+@fake("mamba2_cuda::gated_rmsnorm_backward")
+def _(dy, x, weight, z, eps, group_size, norm_before_gate, dx, dz):
+    return (
+        like(x if dx is None else None, x), like(weight, x, state_dtype(x)),
+        like(z if dz is None else None, x),
+    )  # fmt: skip

@@ -5,6 +5,7 @@ from mamba2_cuda._load import load_ops
 load_ops()
 
 from mamba2_cuda.ops.causal_conv1d import causal_conv1d, causal_conv1d_step  # noqa: E402
+from mamba2_cuda.ops.gated_rmsnorm import gated_rmsnorm  # noqa: E402
 from mamba2_cuda.ops.plan import batch_invariant  # noqa: E402
 from mamba2_cuda.ops.ssd_scan import ssd_scan  # noqa: E402
 from mamba2_cuda.ops.ssd_segment_state import ssd_segment_state  # noqa: E402
@@ -14,6 +15,7 @@ __all__ = [
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_step",
+    "gated_rmsnorm",
     "ssd_scan",
     "ssd_segment_state",
     "ssd_step",

@@ -1,0 +1,157 @@
+"""Times the memory-bound operators around the scan against a copy of the same bytes on one GPU.
+
+    python -m bench.around                               every operator at the shapes of the models
+    python -m bench.around --ops ssd_step --unchecked    some, before the tests; saves nothing
+
+What counts is the share: the time that a device-to-device copy takes for as many bytes as the
+operator must at least move, over the operator's own (floor_share of a row).
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import rows, stamp, timing
+from mamba2_cuda import __version__
+from mamba2_cuda.ops import ssd_step  # registers the operators
+
+OPS = (
+    "causal_conv1d_fwd",
+    "causal_conv1d_bwd",
+    "gated_rmsnorm_fwd",
+    "gated_rmsnorm_bwd",
+    "ssd_step",
+)
+SHAPES = ((8, 4096, 5376), (2, 16384, 5376), (8, 2048, 1792))  # b, l, d
+WIDTH = 4
+BATCHES = (1, 16, 64, 256)  # of ssd_step, at h 80, p 64, g 1, n 128
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+STEPS = 24  # of small batches, each with a state of its own, in one CUDA graph, as in a model
+STEPS_BYTES = 128 << 20
+
+
+@dataclass
+class Problem:
+    op: str
+    shape: str
+    dtype: str
+    call: object  # a function without arguments
+    bytes: int  # that it must at least move, in all of its steps
+    steps: int = 1  # in one call: the time of a row is that of one
+
+
+def main():
+    options = parse_options()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.around measures on a GPU")
+    try:
+        print("tests:", stamp.require_green(gpu=True)["summary"])
+    except stamp.RedTests as red:
+        if not options.unchecked:
+            raise SystemExit(f"no figures: {red}") from None
+        print(f"UNCHECKED, nothing is saved: {red}")
+    copy_rate = timing.copy_bytes_per_second()
+    print(f"{torch.cuda.get_device_name()}: copy {copy_rate / 1e12:.2f} TB/s")
+    command = shlex.join(["python", "-m", "bench.around", *sys.argv[1:]])
+    common = {"gpu": torch.cuda.get_device_name(), **rows.provenance(command, options.commit)}
+    torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot capture the default stream
+    measured = []
+    for problem in problems(options.ops):
+        measured.append({**measure(problem, copy_rate), **common})
+        print(rows.table(measured[-1:]).splitlines()[1], flush=True)
+    if not options.unchecked:
+        rows.add(options.results / "h200_around.json", measured)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(prog="python -m bench.around", description=__doc__)
+    out = os.environ.get("OUT", stamp.ROOT / "bench/results")
+    add = parser.add_argument
+    add("--ops", nargs="+", choices=OPS, default=list(OPS))
+    add("--results", type=Path, default=Path(out), help="folder of h200_around.json (or $OUT)")
+    add("--commit", default=None, help="what is measured, where git does not say")
+    add("--unchecked", action="store_true", help="measure without green tests, and save nothing")
+    return parser.parse_args()
+
+
+def problems(ops):
+    for op in ops:
+        if op == "ssd_step":
+            for dtype in STATE_DTYPES:
+                yield from (step_problem(b, dtype) for b in BATCHES)
+        else:
+            yield from (layer_problem(op, *shape) for shape in SHAPES)
+
+
+def layer_problem(op, b, l, d):
+    """The convolution or the norm on slices of a projection 2 d wide, as a mixer has them."""
+    layer, direction = op.rsplit("_", 1)
+    projection = torch.randn(b, l, 2 * d, device="cuda").bfloat16()
+    z, x, dy = projection[..., :d], projection[..., d:], torch.randn_like(projection[..., :d])
+    ops, arrays = torch.ops.mamba2_cuda, {"causal_conv1d": (2, 3), "gated_rmsnorm": (3, 5)}[layer]
+    if layer == "causal_conv1d":
+        weight, bias = torch.randn(d, WIDTH, device="cuda"), torch.randn(d, device="cuda")
+        arguments = (x, weight, bias, None, None, True)
+        call = {
+            "fwd": lambda: ops.causal_conv1d_forward(*arguments, False),
+            "bwd": lambda: ops.causal_conv1d_backward(dy, None, *arguments, None),
+        }[direction]
+    else:
+        arguments = (x, torch.ones(d, device="cuda"), z, 1e-5, d, False)
+        call = {
+            "fwd": lambda: ops.gated_rmsnorm_forward(*arguments),
+            "bwd": lambda: ops.gated_rmsnorm_backward(dy, *arguments, None, None),
+        }[direction]
+    moved = arrays[direction == "bwd"] * b * l * d * 2
+    return Problem(op, f"b{b}_l{l}_d{d}", "bf16", call, moved)
+
+
+def step_problem(b, state_dtype, h=80, p=64, n=128):
+    """Steps as the layers of a model take them: in one CUDA graph, each with its own state."""
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    size = torch.finfo(state_dtype).bits // 8
+    steps = max(1, min(STEPS, STEPS_BYTES // (b * h * p * n * size)))
+    states = [normal(b, h, p, n, dtype=state_dtype) for _ in range(steps)]
+    x, z, B, C = normal(b, h, p), normal(b, h, p), normal(b, 1, n), normal(b, 1, n)
+    dt, A, D, bias = normal(b, h), -torch.rand(h, device="cuda"), normal(h), normal(h)
+    options = {"D": D, "z": z, "dt_bias": bias, "dt_softplus": True}
+
+    def call():
+        for state in states:
+            ssd_step(state, x, dt, A, B, C, **options)
+
+    moved = steps * (2 * b * h * p * n * size + 3 * x.numel() * 2)
+    name = "fp32" if size == 4 else "bf16"
+    return Problem("ssd_step", f"2.7b_b{b}", f"{name} state", call, moved, steps)
+
+
+def measure(problem, copy_rate):
+    graph = problem.op == "ssd_step"
+    with torch.no_grad():
+        for _ in range(3):
+            problem.call()
+        call = timing.graphed(problem.call) if graph else problem.call
+        ms = timing.median_ms(call)
+    return {
+        "op": problem.op,
+        "shape": problem.shape,
+        "dtype": problem.dtype,
+        "impl": "mamba2_cuda",
+        "version": __version__,
+        "ms": round(ms / problem.steps, 6),
+        "graph": graph,
+        "tb_per_s": round(problem.bytes / ms * 1e-9, 3),
+        "floor_share": round(problem.bytes / copy_rate * 1e3 / ms, 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

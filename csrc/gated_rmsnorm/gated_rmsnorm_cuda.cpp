@@ -1,0 +1,50 @@
+// gated_rmsnorm on a CUDA device: check, allocate, launch. The host emulation registers this file
+// for CPU tensors, in a namespace of its own.
+#include "../core/device.h"
+#include "../core/nvtx.h"
+#include "gated_rmsnorm_call.h"
+
+#ifndef MAMBA2_DISPATCH_KEY
+#define MAMBA2_DISPATCH_KEY CUDA
+#endif
+
+namespace mamba2::gated_rmsnorm {
+namespace {
+
+Tensor norm_forward(Tensor x, Tensor weight, OptionalTensor z, double eps, int64_t group_size,
+                    bool norm_before_gate) {
+  const Range range("gated_rmsnorm");
+  const ForwardCall call = prepare_forward({x, weight, z, eps, group_size, norm_before_gate});
+  const OnDevice at(x);
+  at.check_launch("gated_rmsnorm", forward(call.params, at.stream()));
+  return call.y;
+}
+
+BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor z, double eps,
+                             int64_t group_size, bool norm_before_gate, OptionalTensor dx,
+                             OptionalTensor dz) {
+  const Range range("gated_rmsnorm_backward");
+  BackwardCall call =
+      prepare_backward(dy, {x, weight, z, eps, group_size, norm_before_gate}, dx, dz);
+  const BackwardResult result{call.dx, call.dweight, call.dz};
+  if (x.numel() == 0) {
+    torch::stable::zero_(call.dweight);
+    return result;
+  }
+  const OnDevice at(x);
+  const auto bytes = static_cast<int64_t>(backward_workspace_bytes(call.params.in));
+  const Tensor scratch = allocate_bytes(bytes, x);
+  at.check_launch("gated_rmsnorm_backward",
+                  backward(call.params, scratch.mutable_data_ptr(), at.stream()));
+  call.finish();
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
+  m.impl("gated_rmsnorm_forward", TORCH_BOX(&norm_forward));
+  m.impl("gated_rmsnorm_backward", TORCH_BOX(&norm_backward));
+}
+
+}  // namespace mamba2::gated_rmsnorm
