@@ -162,7 +162,9 @@ struct TokenSide : ScanConsumer<T, kN> {
       args.columns[own + i] = sums.V[i] + sums.diagonal[i];
       args.rows_out[own + i] = kEarlier ? row : row + sums.E[i];
       if (kEarlier) args.later_rows[own + i] = sums.E[i];
-      if (!kEarlier && i == 0) args.through[index] = sums.K[0] + sums.K[1] + sums.K[2] + sums.K[3];
+      // (state_sweeps has written that of a last chunk)
+      if (!kEarlier && i == 0 && !(task.chunk.is_last && args.d_final_states))
+        args.through[index] = sums.K[0] + sums.K[1] + sums.K[2] + sums.K[3];
     } else {
       const float (&R)[4][kBlock] = sums.R[1];
       if (kEarlier) args.later_rows[own + kBlock + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];

@@ -32,6 +32,7 @@ struct alignas(1024) SweepSmem {
   SweepStage<T, kN> stage[kStages];
   T image[kHeads][kHeadDim * kN];
   float weight[2][kHeads][kBackwardQ];  // by parity of the chunk
+  float through[kHeads][4];             // by warp
   tile::Ring<kStages> ring;
 };
 
@@ -169,6 +170,22 @@ struct Consumer {
     }
   }
 
+  // K = 2^a_q <G, S> of the sequence's last chunk, where G is d_final_states, from unrounded
+  // states: in a short sequence nothing else carries the gradient of the decay.
+  MAMBA2_DEVICE void write_last_through(int chunk, float a_last_log2) {
+    float sum = 0;
+    MAMBA2_UNROLL
+    for (int e = 0; e < kN / 2; ++e) sum += state[e] * args.d_final_states[element(e)];
+    MAMBA2_UNROLL
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (me.lane == 0) s.through[i][me.warp] = sum;
+    barrier();
+    const float (&parts)[4] = s.through[i];
+    if (thread == 0)
+      args.through[args.head_at(chunk, head)] =
+          (parts[0] + parts[1] + parts[2] + parts[3]) * ptx::ex2(a_last_log2);
+  }
+
   // state += tokens^T diag(weight) operand, over one block of 64 tokens.
   MAMBA2_DEVICE void add_block(const SweepStage<T, kN>& stage, const float* weight) {
     uint32_t a[16];
@@ -207,6 +224,8 @@ struct Consumer {
       if (active && k + 1 < sweep.chunks) next = Scalars(args, sweep.chunk(k + 1), head, thread);
       if (active) {
         write_state(sweep.chunk(k), now, k & 1);
+        if (chunk.is_last && !sweep.reverse && args.d_final_states)
+          write_last_through(sweep.chunk(k), now.a_last_log2);
         const float through = ptx::ex2(now.a_last_log2);
         MAMBA2_UNROLL
         for (int e = 0; e < kN / 2; ++e) state[e] *= through;
