@@ -77,8 +77,8 @@ struct Rows {
   MAMBA2_DEVICE int i_p(int r) const { return first + r * L::kGroups; }
   MAMBA2_DEVICE int column(int v) const { return (v * L::kLanes + lane) * kColumns; }
 
-  MAMBA2_DEVICE void load(const typename L::S* g_state, int p, int n) {
-    Packed<typename L::S, kColumns> packed[L::kRows][L::kVectors];
+  using PackedRows = Packed<typename L::S, kColumns>[L::kRows][L::kVectors];
+  MAMBA2_DEVICE void load(const typename L::S* g_state, int p, int n, PackedRows& packed) const {
     MAMBA2_UNROLL
     for (int r = 0; r < L::kRows; ++r) {
       MAMBA2_UNROLL
@@ -87,6 +87,8 @@ struct Rows {
         if (i_p(r) < p && column(v) < n) packed[r][v].load(g_state + i_p(r) * n + column(v));
       }
     }
+  }
+  MAMBA2_DEVICE void unpack(const PackedRows& packed) {
     MAMBA2_UNROLL
     for (int r = 0; r < L::kRows; ++r) {
       MAMBA2_UNROLL
@@ -102,64 +104,67 @@ struct Rows {
       }
     }
   }
-  // A row of B or C, this thread's columns of it.
-  MAMBA2_DEVICE void load_columns(const typename L::T* g_row, int n,
-                                  float (&to)[L::kVectors][kColumns]) const {
+};
+
+// What a thread needs of one token, as it lies in memory.
+template <class L>
+struct Token {
+  using T = typename L::T;
+  Packed<T, L::kColumns> B[L::kVectors], C[L::kVectors];
+  T x[L::kRows], z[L::kRows];
+  TokenWeights<float> weights;
+
+  MAMBA2_DEVICE void load(const Rows<L>& rows, const Inputs& in, int64_t i_b, int i_t, int i_h) {
+    const int i_g = i_h / in.shape.heads_per_group();
+    const T* g_B = static_cast<const T*>(in.B.ptr) + at_token(in.B, i_b, i_t, i_g);
+    const T* g_C = static_cast<const T*>(in.C.ptr) + at_token(in.C, i_b, i_t, i_g);
     MAMBA2_UNROLL
     for (int v = 0; v < L::kVectors; ++v) {
-      Packed<typename L::T, kColumns> packed;
-      packed.zero();
-      if (column(v) < n) packed.load(g_row + column(v));
-      packed.unpack(to[v]);
+      B[v].zero();
+      C[v].zero();
+      if (rows.column(v) < in.shape.n) {
+        B[v].load(g_B + rows.column(v));
+        C[v].load(g_C + rows.column(v));
+      }
     }
+    const T* g_x = static_cast<const T*>(in.x.ptr) + at_token(in.x, i_b, i_t, i_h);
+    const T* g_z = static_cast<const T*>(in.z.ptr) + at_token(in.z, i_b, i_t, i_h);
+    MAMBA2_UNROLL
+    for (int r = 0; r < L::kRows; ++r) {
+      const int i_p = rows.i_p(r);
+      x[r] = i_p < in.shape.p ? g_x[i_p] : convert<T>(0.f);
+      z[r] = in.z && i_p < in.shape.p ? g_z[i_p] : convert<T>(0.f);
+    }
+    weights = weights_of<float>(in, i_b, i_t, i_h);
   }
 };
 
+// The state becomes the token's; y (kRows) of this thread's rows, of which lane r writes row r.
 template <class L>
-MAMBA2_DEVICE void step_token(Rows<L>& rows, const StepParams& params, int64_t i_b, int i_t,
-                              int i_h) {
+MAMBA2_DEVICE void step_token(Rows<L>& rows, const Token<L>& token, const float (&D)[L::kRows],
+                              bool has_z, int p, typename L::T* g_y) {
   using T = typename L::T;
-  const Inputs& in = params.in;
-  const Shape& shape = in.shape;
-  const int i_g = i_h / shape.heads_per_group();
   float B[L::kVectors][L::kColumns], C[L::kVectors][L::kColumns];
-  rows.load_columns(static_cast<const T*>(in.B.ptr) + at_token(in.B, i_b, i_t, i_g), shape.n, B);
-  rows.load_columns(static_cast<const T*>(in.C.ptr) + at_token(in.C, i_b, i_t, i_g), shape.n, C);
-  const T* g_x = static_cast<const T*>(in.x.ptr) + at_token(in.x, i_b, i_t, i_h);
-  float x[L::kRows];
   MAMBA2_UNROLL
-  for (int r = 0; r < L::kRows; ++r) {
-    x[r] = rows.i_p(r) < shape.p ? convert<float>(g_x[rows.i_p(r)]) : 0.f;
+  for (int v = 0; v < L::kVectors; ++v) {
+    token.B[v].unpack(B[v]);
+    token.C[v].unpack(C[v]);
   }
-
-  const TokenWeights<float> weights = weights_of<float>(in, i_b, i_t, i_h);
-  float y[L::kRows];
   MAMBA2_UNROLL
   for (int r = 0; r < L::kRows; ++r) {
-    const float delta_x = weights.delta * x[r];
-    y[r] = 0;
+    const float x = convert<float>(token.x[r]), delta_x = token.weights.delta * x;
+    float y = 0;
     MAMBA2_UNROLL
     for (int v = 0; v < L::kVectors; ++v) {
       MAMBA2_UNROLL
       for (int k = 0; k < L::kColumns; ++k) {
-        rows.H[r][v][k] = weights.decay * rows.H[r][v][k] + delta_x * B[v][k];
-        y[r] += rows.H[r][v][k] * C[v][k];
+        rows.H[r][v][k] = token.weights.decay * rows.H[r][v][k] + delta_x * B[v][k];
+        y += rows.H[r][v][k] * C[v][k];
       }
     }
-    y[r] = sum_over_lanes<L::kLanes>(y[r]);
-  }
-
-  T* g_y = static_cast<T*>(params.y) + ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p;
-  MAMBA2_UNROLL
-  for (int r = 0; r < L::kRows; ++r) {  // lane r writes row r
-    const int i_p = rows.i_p(r);
-    if (rows.lane != r || i_p >= shape.p) continue;
-    float out = y[r] + skip_weight<float>(in, i_h, i_p) * x[r];
-    if (in.z) {
-      const T* g_z = static_cast<const T*>(in.z.ptr) + at_token(in.z, i_b, i_t, i_h);
-      out *= silu(convert<float>(g_z[i_p]));
-    }
-    g_y[i_p] = convert<T>(out);
+    y = sum_over_lanes<L::kLanes>(y) + D[r] * x;
+    if (has_z) y *= silu(convert<float>(token.z[r]));
+    if (rows.lane == r && rows.i_p(r) < p) g_y[rows.i_p(r)] = convert<T>(y);
   }
 }
 
@@ -185,9 +190,23 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
     }
     return;
   }
-  rows.load(g_state + slots.source * params.slot_stride, shape.p, shape.n);
+  // The state and the first token are on their way together.
+  typename Rows<L>::PackedRows packed;
+  rows.load(g_state + slots.source * params.slot_stride, shape.p, shape.n, packed);
+  float D[L::kRows];
+  MAMBA2_UNROLL
+  for (int r = 0; r < L::kRows; ++r) {
+    D[r] = rows.i_p(r) < shape.p ? skip_weight<float>(params.in, i_h, rows.i_p(r)) : 0.f;
+  }
+  Token<L> token;
+  if (shape.l > 0) token.load(rows, params.in, i_b, 0, i_h);
+  rows.unpack(packed);
   MAMBA2_NO_UNROLL
-  for (int i_t = 0; i_t < shape.l; ++i_t) step_token(rows, params, i_b, i_t, i_h);
+  for (int i_t = 0; i_t < shape.l; ++i_t) {
+    T* g_y = static_cast<T*>(params.y) + ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p;
+    step_token(rows, token, D, static_cast<bool>(params.in.z), shape.p, g_y);
+    if (i_t + 1 < shape.l) token.load(rows, params.in, i_b, i_t + 1, i_h);
+  }
   if (slots.target >= 0) {
     rows.store(g_state + slots.target * params.slot_stride, shape.p, shape.n);
   }
@@ -209,8 +228,10 @@ int run_vectors(const StepParams& params, void* stream) {
   const int vectors = ceil_div(params.in.shape.n * static_cast<int>(sizeof(S)), kVectorBytes);
   if (vectors <= 8) return run_vectors<Layout<S, T, 8, 1>>(params, stream);
   if (vectors <= 16) return run_vectors<Layout<S, T, 16, 1>>(params, stream);
-  if (vectors <= 32) return run_vectors<Layout<S, T, 32, 1>>(params, stream);
-  return run_vectors<Layout<S, T, 32, 2>>(params, stream);
+  if constexpr (sizeof(S) == 4) {  // n <= 256: rows of 16-bit states have 32 vectors at most
+    if (vectors > 32) return run_vectors<Layout<S, T, 32, 2>>(params, stream);
+  }
+  return run_vectors<Layout<S, T, 32, 1>>(params, stream);
 }
 
 // ---- any sizes, any types ----
