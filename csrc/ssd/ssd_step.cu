@@ -19,7 +19,8 @@ namespace mamba2::ssd {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerSm = 5;  // 102 registers a thread: no spill, and 40 KB of loads in flight
+constexpr int kBlocksPerSm =
+    4;  // 128 registers a thread: no spill; at least 32 KB of loads in flight
 constexpr int kVectorsInFlight = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
