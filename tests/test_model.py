@@ -67,6 +67,30 @@ def test_prefill_and_steps_are_forward(options):
     torch.testing.assert_close(model(tokens, last_only=True), whole[:, -1:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_cuda_is_the_cpu(options, cuda):
+    model, tokens, targets = make_model(**options), some_tokens(2, 80), some_tokens(2, 80, seed=2)
+    results = []
+    for device in ("cpu", cuda):
+        model.to(device)
+        loss = model.loss(tokens.to(device), targets.to(device))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            stepped = in_pieces(model, tokens[:, :12].to(device), [7] + [1] * 5)
+        results.append([v.cpu() for v in (loss, stepped, *gradients)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
+def test_half_precision_on_cuda_is_near_fp64(cuda):
+    model, tokens = make_model(), some_tokens(2, 80)
+    exact = model(tokens)
+    model.to(cuda, torch.bfloat16)
+    for logits in (model(tokens.to(cuda)), in_pieces(model, tokens.to(cuda), [70] + [1] * 10)):
+        assert (logits.cpu().double() - exact).norm() < 0.03 * exact.norm()
+
+
 @pytest.mark.parametrize("options", [{}, HYBRID], ids=["mamba2", "hybrid"])
 @torch.no_grad()
 def test_a_cache_that_is_reset_is_empty(options):

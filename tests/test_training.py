@@ -31,14 +31,14 @@ TEXT = "the quick brown fox jumps over the lazy dog; " * 40
 RECIPE = dict(steps=12, batch=4, length=16, rate=1e-2, validate_every=5, save_every=4)
 
 
-def make_trainer(out, **changes):
+def make_trainer(out, device="cpu", **changes):
     torch.manual_seed(0)
     recipe = Recipe(**{**RECIPE, **changes})
     config = ModelConfig(16, 2, 257, ssm_cfg=dict(d_state=8, headdim=8))
     tokens = torch.tensor(ByteTokenizer().encode(TEXT))
     training, held_out = split(tokens, 0.1)
     windows = Windows(training, recipe.length, recipe.seed), Windows(held_out, recipe.length)
-    return Trainer(Mamba2LMHeadModel(config), recipe, *windows, out)
+    return Trainer(Mamba2LMHeadModel(config).to(device), recipe, *windows, out)
 
 
 def weights(trainer):
@@ -184,6 +184,18 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path):
     changed = make_trainer(tmp_path / "parts", rate=0.5)
     with pytest.raises(ValueError, match="had another rate"):
         changed.run(resume=True)
+
+
+@pytest.mark.gpu
+def test_a_run_on_cuda_goes_on_bit_for_bit(tmp_path, cuda):
+    whole, parts = (make_trainer(tmp_path / name, cuda) for name in "ab")
+    whole.run()
+    while parts.step < 8:
+        parts.train_step()
+    save_state(tmp_path / "b/checkpoints", 8, parts.state())
+    resumed = make_trainer(tmp_path / "b", cuda)
+    resumed.run(resume=True)
+    assert same(weights(resumed), weights(whole))
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_good_one_kept(tmp_path):
