@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mamba2_cuda.model import Mamba2LMHeadModel, ModelConfig
-from mamba2_cuda.nn import Mamba2
+from mamba2_cuda.nn import Attention, Mamba2
 
 F64 = torch.float64
 HYBRID = dict(
@@ -166,6 +166,27 @@ def test_autocast_keeps_the_weights_and_gives_their_gradients():
     assert logits.dtype == torch.bfloat16
     assert (logits - exact).norm() < 0.03 * exact.norm()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_attention_is_its_equation():
+    """Heads one by one; rotation as a product of complex numbers, dim i with dim i + 2."""
+    torch.manual_seed(0)
+    options = dict(num_heads=4, num_heads_kv=2, head_dim=6, rotary_emb_dim=4, rotary_emb_base=50.0)
+    layer, u = Attention(16, **options, dtype=F64), torch.randn(1, 7, 16, dtype=F64)
+    q, k, v = layer.in_proj(u)[0].unflatten(-1, (8, 6)).split([4, 2, 2], 1)
+    angle = torch.arange(7.0)[:, None] * torch.tensor([1.0, 50.0**-0.5])
+
+    def rotate(head):
+        turned = torch.complex(head[:, :2], head[:, 2:4]) * torch.polar(torch.ones(7, 2), angle)
+        return torch.cat([turned.real, turned.imag, head[:, 4:]], 1)
+
+    heads = []
+    for i in range(4):
+        scores = rotate(q[:, i]) @ rotate(k[:, i // 2]).T / 6**0.5
+        seen = torch.ones(7, 7).tril().bool()
+        heads.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, i // 2])
+    expected = layer.out_proj(torch.cat(heads, 1))
+    torch.testing.assert_close(layer(u)[0], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_initial_values_are_the_papers():
