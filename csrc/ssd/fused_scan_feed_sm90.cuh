@@ -1,4 +1,4 @@
-// The loader and the scorer of fused_scan (sm_90a): what feeds the scanners.
+// The loader, the decays and the scorer of fused_scan (sm_90a): what feeds the scanners.
 #pragma once
 #include "fused_scan_sm90.cuh"
 
@@ -64,6 +64,41 @@ struct Loader {
   }
 };
 
+// One warp beside the loader. For every token one exponential of each kind:
+//   2^a_i for the rows of S C^T, 2^(a_q - a_j) delta_j for what enters the state, and
+//   2^(a_e - a_j) delta_j up to the end e of the token's block of 16, for the blocks below the
+//   diagonal: with 2^(a_i - a_e) of the row, both factors are at most 1.
+template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
+struct Decays {
+  using Smem = FusedScanSmem<T, kN, kGate, kStages>;
+  Smem& s;
+  const int lane;
+
+  MAMBA2_DEVICE void run() {
+    tile::RingPosition<kStages> at;
+    tile::RingPosition<kBuffers> to;
+    for (;; at.advance(), to.advance()) {
+      s.ring.wait_full(at);
+      if (s.info[at.stage].flags & kExit) return;
+      const auto& stage = s.stage[at.stage];
+      auto& weights = s.weights[to.stage];
+      s.weights_ring.wait_empty(to);
+      MAMBA2_UNROLL
+      for (int i = 0; i < kUnits * kQ / 32; ++i) {
+        const int half = i / (kQ / 32), t = i % (kQ / 32) * 32 + lane;
+        const float a = stage.a_log2[half][t], delta = stage.delta[half][t];
+        const float a_block = stage.a_log2[half][t | 15], a_q = stage.a_log2[half][kQ - 1];
+        weights.row_decay[half][t] = ptx::ex2(a);
+        weights.input_weight[half][t] = ptx::ex2(a_q - a) * delta;
+        weights.column_weight[half][t] = ptx::ex2(a_block - a) * delta;
+      }
+      s.decays_ring.fill(to);
+      s.weights_ring.fill(to);
+      s.ring.release(at);
+    }
+  }
+};
+
 template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
 struct Scorer {
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
@@ -84,17 +119,25 @@ struct Scorer {
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(1, tile::kWarpgroup);
   }
-  // 2^a_i for the rows of S C^T, 2^(a_q - a_j) delta_j for what enters the state.
-  MAMBA2_DEVICE void decay_factors(const Stage<T, kN, kGate>& stage, Weights<T>& weights) const {
-    const int half = thread / kQ, t = thread % kQ;
-    const float a = stage.a_log2[half][t], a_q = stage.a_log2[half][kQ - 1];
-    weights.row_decay[half][t] = ptx::ex2(a);
-    weights.input_weight[half][t] = ptx::ex2(a_q - a) * stage.delta[half][t];
+  // One block of 16 columns j of C B^T o L o delta, rounded, to shared memory [i][j]; below the
+  // diagonal, and on it.
+  MAMBA2_DEVICE void weigh_below(const float* scores, const float (&a_i)[2], const float* a,
+                                 const float* column_weight, T* out, int t) const {
+    const float a_block = a[16 * t + 15];
+    const float row[2] = {ptx::ex2(a_i[0] - a_block), ptx::ex2(a_i[1] - a_block)};
+    uint32_t r[4];
+    MAMBA2_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      const float2 w = *reinterpret_cast<const float2*>(column_weight + me.column(2 * t + u));
+      MAMBA2_UNROLL
+      for (int v = 0; v < 2; ++v)
+        r[2 * u + v] = pack2<T>(scores[4 * u + 2 * v] * (row[v] * w.x),
+                                scores[4 * u + 2 * v + 1] * (row[v] * w.y));
+    }
+    tile::store_fragment(out, r, t, me);
   }
-  // One block of 16 columns j of C B^T o L o delta, rounded, to shared memory [i][j].
-  template <bool kDiagonal>
-  MAMBA2_DEVICE void weigh_block(const float* scores, const float (&a_i)[2], const float* a,
-                                 const float* delta, T* out, int t) const {
+  MAMBA2_DEVICE void weigh_diagonal(const float* scores, const float (&a_i)[2], const float* a,
+                                    const float* delta, T* out, int t) const {
     uint32_t r[4];
     MAMBA2_UNROLL
     for (int u = 0; u < 2; ++u) {
@@ -106,20 +149,21 @@ struct Scorer {
         const int i = me.row(v), e = 4 * u + 2 * v;
         const float lo = scores[e] * ptx::ex2(a_i[v] - a_j.x) * d_j.x;
         const float hi = scores[e + 1] * ptx::ex2(a_i[v] - a_j.y) * d_j.y;
-        r[2 * u + v] = kDiagonal ? pack2<T>(i >= j ? lo : 0.f, i >= j + 1 ? hi : 0.f)
-                                 : pack2<T>(lo, hi);
+        r[2 * u + v] = pack2<T>(i >= j ? lo : 0.f, i >= j + 1 ? hi : 0.f);
       }
     }
     tile::store_fragment(out, r, t, me);
   }
   // The blocks of a warp's 16 rows up to the diagonal; those above it stay zero.
-  MAMBA2_DEVICE void weigh(const float (&scores)[kQ / 2], const float* a, const float* delta,
-                           T* out) const {
+  MAMBA2_DEVICE void weigh(const float (&scores)[kQ / 2], const Stage<T, kN, kGate>& stage,
+                           Weights<T>& weights, int half) const {
+    const float* a = stage.a_log2[half];
     const float a_i[2] = {a[me.row(0)], a[me.row(1)]};
     MAMBA2_UNROLL
     for (int t = 0; t < kQ / 16; ++t) {
-      if (t < me.warp) weigh_block<false>(scores + 8 * t, a_i, a, delta, out, t);
-      if (t == me.warp) weigh_block<true>(scores + 8 * t, a_i, a, delta, out, t);
+      T* out = weights.scores[half];
+      if (t < me.warp) weigh_below(scores + 8 * t, a_i, a, weights.column_weight[half], out, t);
+      if (t == me.warp) weigh_diagonal(scores + 8 * t, a_i, a, stage.delta[half], out, t);
     }
   }
 
@@ -139,15 +183,13 @@ struct Scorer {
                                          tile::KMajor<kQ>{stage.B}, false);
         ptx::wgmma_commit_group();
       }
-      s.weights_ring.wait_empty(to);
-      auto& weights = s.weights[tile::uniform(to.stage)];
-      decay_factors(stage, weights);
+      s.decays_ring.wait_full(to);  // and so the buffer is empty
       if constexpr (!kStateOnly) {
+        auto& weights = s.weights[tile::uniform(to.stage)];
         ptx::wgmma_wait_group<0>();
         ptx::wgmma_fence_operand(scores);
         MAMBA2_NO_UNROLL
-        for (int half = 0; half < kUnits; ++half)
-          weigh(scores, stage.a_log2[half], stage.delta[half], weights.scores[half]);
+        for (int half = 0; half < kUnits; ++half) weigh(scores, stage, weights, half);
         ptx::fence_proxy_async_shared();
       }
       s.weights_ring.fill(to);

@@ -11,11 +11,6 @@ struct Scanner {
   using State = float[kN / 2];   // (64 p, n) of one unit, an accumulator
   using Output = float[kQ / 2];  // (64 p, 64 tokens)
   using Tokens = uint32_t[kQ / 4];  // x or z of the chunk, transposed: A fragments (p, tokens)
-  // y of a chunk, rounded, on its way out while the next chunk's products run.
-  struct Finished {
-    Tokens y;
-    int row, token, count, head, p_block;  // head < 0: nothing to store
-  };
 
   const FusedScanArgs& args;
   Smem& s;
@@ -119,105 +114,97 @@ struct Scanner {
   }
 
   // ---- the steps of a chunk ----
-  // x becomes w_j x_j, rounded: the A fragments of what enters the state.
-  MAMBA2_DEVICE void weigh_inputs(Tokens& x, const float* w) const {
+  // w_j x_j, rounded: the A fragments of what enters the state.
+  MAMBA2_DEVICE void weigh_inputs(Tokens& weighted, const Tokens& x, const float* w) const {
     MAMBA2_UNROLL
     for (int k = 0; k < kQ / 8; ++k) {
       const float2 w_k = *reinterpret_cast<const float2*>(w + me.column(k));
       MAMBA2_UNROLL
       for (int r = 0; r < 2; ++r) {
         const float2 v = unpack2<T>(x[2 * k + r]);
-        x[2 * k + r] = pack2<T>(v.x * w_k.x, v.y * w_k.y);
+        weighted[2 * k + r] = pack2<T>(v.x * w_k.x, v.y * w_k.y);
       }
     }
   }
-  // Y = 2^a_i Y + D x, tokens i being columns.
-  MAMBA2_DEVICE void scale_and_skip(Output& Y, const Tokens& x, const float* row_decay) const {
+  MAMBA2_DEVICE void scale_tokens(Output& Y, const float* row_decay) const {
     MAMBA2_UNROLL
     for (int k = 0; k < kQ / 8; ++k) {
       const float2 w = *reinterpret_cast<const float2*>(row_decay + me.column(k));
-      MAMBA2_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const float2 v = unpack2<T>(x[2 * k + r]);
-        Y[4 * k + 2 * r] = Y[4 * k + 2 * r] * w.x + D[r] * v.x;
-        Y[4 * k + 2 * r + 1] = Y[4 * k + 2 * r + 1] * w.y + D[r] * v.y;
+      Y[4 * k] *= w.x, Y[4 * k + 1] *= w.y, Y[4 * k + 2] *= w.x, Y[4 * k + 3] *= w.y;
+    }
+  }
+  MAMBA2_DEVICE void skip_and_gate(Output& Y, const Tokens& x, const Tokens& z) const {
+    MAMBA2_UNROLL
+    for (int k = 0; k < kQ / 4; ++k) {
+      const float2 v = unpack2<T>(x[k]);
+      Y[2 * k] += D[k & 1] * v.x, Y[2 * k + 1] += D[k & 1] * v.y;
+      if constexpr (kGate) {
+        const float2 gate = unpack2<T>(z[k]);
+        Y[2 * k] *= silu(gate.x), Y[2 * k + 1] *= silu(gate.y);
       }
     }
   }
-  MAMBA2_DEVICE void gate(Output& Y, const T* tile) const {
-    Tokens z;
-    tile::load_transposed<kQ / 16>(z, tile, me);
-    MAMBA2_UNROLL
-    for (int k = 0; k < kQ / 4; ++k) {
-      const float2 v = unpack2<T>(z[k]);
-      Y[2 * k] *= silu(v.x), Y[2 * k + 1] *= silu(v.y);
-    }
-  }
-  // y of a chunk to global memory: one bulk store, or row by row where a neighbour follows.
-  MAMBA2_DEVICE void store_y(const Finished& last, int buffer) const {
+  // y of the chunk to global memory: one bulk store, or row by row where a neighbour follows.
+  MAMBA2_DEVICE void store_y(const Output& Y, int row, int token, int count, int buffer) const {
     T* tile = s.y[buffer][half];
-    tile::store_fragments_transposed<kQ / 16>(tile, last.y, me);
+    tile::store_transposed<T, kQ>(tile, Y, me);
     if (thread == 0) ptx::bulk_wait_group_read<0>();  // the other buffer is free after sync
     ptx::fence_proxy_async_shared();
     sync();
-    if (!args.chunking.table || last.count == kQ) {
-      if (thread == 0 && last.head >= 0) {
-        ptx::tma_store_4d(&args.y, last.p_block * kP, last.head, last.token, last.row, tile);
+    if (!args.chunking.table || count == kQ) {
+      if (thread == 0 && unit.active) {
+        ptx::tma_store_4d(&args.y, unit.p_block * kP, unit.head, token, row, tile);
         ptx::bulk_commit_group();
       }
       return;
     }
-    T* y = static_cast<T*>(args.y_out.ptr) + last.token * args.y_out.l +
-           last.head * args.y_out.h + last.p_block * kP;
-    for (int i = thread; i < (last.head >= 0 ? last.count * 8 : 0); i += tile::kWarpgroup)
+    T* y = static_cast<T*>(args.y_out.ptr) + token * args.y_out.l + unit.head * args.y_out.h +
+           unit.p_block * kP;
+    for (int i = thread; i < (unit.active ? count * 8 : 0); i += tile::kWarpgroup)
       *reinterpret_cast<uint4*>(y + i / 8 * args.y_out.l + i % 8 * 8) =
           *static_cast<const uint4*>(tile::panel_address(tile, i / 8, i % 8 * 8));
     sync();  // the buffer is read by ordinary loads here, which no bulk group tracks
   }
 
-  // The state after the chunk, and y of the chunk; `last` is stored meanwhile.
-  MAMBA2_DEVICE void products(State& S, Output& Y, Stage<T, kN, kGate>& stage,
-                              tile::RingPosition<kBuffers> from, const Finished& last) const {
+  // The state after the chunk, and y of the chunk into Y but for what is thread-local.
+  MAMBA2_DEVICE void products(State& S, Output& Y, Tokens& x, Stage<T, kN, kGate>& stage,
+                              tile::RingPosition<kBuffers> from) const {
     if constexpr (!kStateOnly) {
       uint32_t S_rounded[kN / 4];
       tile::round_to_fragments<T>(S_rounded, S);
       ptx::wgmma_fence();
       tile::product_rs<T, kQ, kN / 16>(Y, S_rounded, tile::KMajor<kQ>{stage.C}, false);
       ptx::wgmma_commit_group();
-      if (last.count > 0) store_y(last, from.stage ^ 1);
     }
     s.weights_ring.wait_full(from);
     const auto& weights = s.weights[tile::uniform(from.stage)];
-    Tokens x;
+    Tokens x_weighted;
     tile::load_transposed<kQ / 16>(x, stage.x[half], me);
+    weigh_inputs(x_weighted, x, weights.input_weight[half]);
     const float chunk_decay = weights.row_decay[half][kQ - 1];
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; ++e) S[e] *= chunk_decay;
     ptx::wgmma_fence_operand(S);
-    weigh_inputs(x, weights.input_weight[half]);
     ptx::wgmma_fence();
-    tile::product_rs<T, kN, kQ / 16>(S, x, tile::MnMajor<kQ>{stage.B}, true);
+    tile::product_rs<T, kN, kQ / 16>(S, x_weighted, tile::MnMajor<kQ>{stage.B}, true);
     ptx::wgmma_commit_group();
     if constexpr (!kStateOnly) {
-      Tokens x_plain;
-      tile::load_transposed<kQ / 16>(x_plain, stage.x[half], me);  // again: registers are scarce
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_fence_operand(Y);
-      scale_and_skip(Y, x_plain, weights.row_decay[half]);
+      tile::load_transposed<kQ / 16>(x, stage.x[half], me);  // again: registers are scarce above
+      scale_tokens(Y, weights.row_decay[half]);
       ptx::wgmma_fence_operand(Y);
       ptx::wgmma_fence();
-      tile::product_rs<T, kQ, kQ / 16>(Y, x_plain, tile::KMajor<kQ>{weights.scores[half]}, true);
+      tile::product_rs<T, kQ, kQ / 16>(Y, x, tile::KMajor<kQ>{weights.scores[half]}, true);
       ptx::wgmma_commit_group();
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_fence_operand(Y);
     }
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(S);
+    if constexpr (!kStateOnly) ptx::wgmma_fence_operand(Y);
   }
 
   MAMBA2_DEVICE void run() {
     State S;
-    Finished last{};
     float through_log2 = 0.f;  // of the run, pass one
     tile::RingPosition<kStages> at;
     tile::RingPosition<kBuffers> from;
@@ -230,21 +217,18 @@ struct Scanner {
       auto& stage = s.stage[tile::uniform(at.stage)];
       if constexpr (kStateOnly) through_log2 += stage.a_log2[half][kQ - 1];
       Output Y;
-      products(S, Y, stage, from, last);
+      Tokens x, z;
+      products(S, Y, x, stage, from);
+      if constexpr (kGate && !kStateOnly) tile::load_transposed<kQ / 16>(z, stage.z[half], me);
       s.weights_ring.release(from);
-      if constexpr (!kStateOnly) {
-        if constexpr (kGate) gate(Y, stage.z[half]);
-        tile::round_to_fragments<T>(last.y, Y);
-        last.row = info.y, last.token = info.z, last.count = info.w;
-        last.head = unit.active ? unit.head : -1, last.p_block = unit.p_block;
-      }
       if (flags & (kEndsTask | kEndsSequence)) leave_run(S, s.info[at.stage], through_log2);
       s.ring.release(at);
+      if constexpr (!kStateOnly) {
+        skip_and_gate(Y, x, z);
+        store_y(Y, info.y, info.z, info.w, from.stage);
+      }
     }
-    if constexpr (!kStateOnly) {
-      if (last.count > 0) store_y(last, from.stage ^ 1);
-      if (thread == 0) ptx::bulk_wait_group<0>();
-    }
+    if (!kStateOnly && thread == 0) ptx::bulk_wait_group<0>();
   }
 };
 

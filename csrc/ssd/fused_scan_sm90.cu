@@ -15,8 +15,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());
   const int role = threadIdx.x / tile::kWarpgroup, thread = threadIdx.x % tile::kWarpgroup;
   if (threadIdx.x == 0) {
-    s.ring.init(1, (1 + kUnits) * tile::kWarpgroup);
-    s.weights_ring.init(tile::kWarpgroup, kUnits * tile::kWarpgroup);
+    s.ring.init(1, 32 + (1 + kUnits) * tile::kWarpgroup);
+    s.weights_ring.init(32 + tile::kWarpgroup, kUnits * tile::kWarpgroup);
+    s.decays_ring.init(32, 1);
     ptx::fence_mbarrier_init();
   }
   for (int i = 0; i < kBuffers * kUnits; ++i)  // blocks above the diagonal are never written again
@@ -26,6 +27,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   if (role == kLoader) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
     if (thread == 0) Loader<T, kN, kGate, kStages, kStateOnly>{args, s, {}}.run();
+    if (thread / 32 == 1) Decays<T, kN, kGate, kStages, kStateOnly>{s, thread % 32}.run();
   } else if (role == kScorer) {
     ptx::setmaxnreg_dec<kScorerRegisters>();
     Scorer<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();

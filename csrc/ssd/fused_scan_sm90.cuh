@@ -5,7 +5,7 @@
 //
 // A unit is one head's block of 64 channels; a block of threads takes pairs of units of one group,
 // which share the tiles of B and C. Four warpgroups pass chunks along:
-//   loader   one thread: tickets, TMA into the ring of stages;
+//   loader   one thread: tickets, TMA into the ring of stages; one warp: decays of the tokens;
 //   scorer   C B^T once for the pair, then C B^T o L o delta of each unit, rounded, to shared memory;
 //   scanners one unit each: the state S (64 p, n) stays in fp32 accumulators; rounded, it is at once
 //            the A operand of S C^T, so nothing on the serial chain passes through shared memory.
@@ -18,7 +18,7 @@
 //   segments: runs start from known states: pass one (kStateOnly) computes what each run adds,
 //             segment_scan adds them up, pass two runs all of them at once.
 // Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), two buffers of
-// weights and of y: 218 KB at n = 128. Registers: scorer 80, scanner 192.
+// weights and of y: 218 KB at n = 128. Registers: scorer 96, scanner 184.
 // Bound: tensor pipe, HBM and issue slots within 1.5x of each other; see docs/kernels.md.
 // Not supported: p not a multiple of 64, n not 64 or 128, 32-bit types.
 #pragma once
@@ -36,7 +36,7 @@ constexpr int kMaxStages = 4;
 constexpr int kThreads = (2 + kUnits) * tile::kWarpgroup;
 enum Role : int { kLoader = 0, kScorer = 1, kFirstScanner = 2 };
 // What one SM has: 512 registers for the four threads, one of each role, together.
-constexpr int kLoaderRegisters = 40, kScorerRegisters = 72, kScannerRegisters = 200;
+constexpr int kLoaderRegisters = 48, kScorerRegisters = 96, kScannerRegisters = 184;
 
 enum class Schedule : int { tickets, segments };
 
@@ -124,6 +124,7 @@ struct alignas(1024) Weights {
   T scores[kUnits][kQ * kQ];        // C B^T o L o delta, [i][j]
   float row_decay[kUnits][kQ];      // 2^a_i
   float input_weight[kUnits][kQ];   // 2^(a_q - a_j) delta_j
+  float column_weight[kUnits][kQ];  // 2^(a_e - a_j) delta_j, e the end of j's block of 16
 };
 
 template <class T, int kN, bool kGate, int kStages>
@@ -134,12 +135,13 @@ struct alignas(1024) FusedScanSmem {
   StageInfo info[kStages];
   tile::Ring<kStages> ring;
   tile::Ring<kBuffers> weights_ring;
+  tile::Ring<kBuffers> decays_ring;  // their decays alone, for the scorer
 };
 
 // As many stages as 227 KB hold.
 template <class T, int kN, bool kGate>
 constexpr int fused_scan_stages() {
-  constexpr int rest = kBuffers * int(sizeof(Weights<T>) + sizeof(T) * kUnits * kQ * kP) + 1024;
+  constexpr int rest = kBuffers * int(sizeof(Weights<T>) + sizeof(T) * kUnits * kQ * kP) + 2048;
   for (int s = kMaxStages; s > 1; --s)
     if (s * int(sizeof(Stage<T, kN, kGate>)) + rest <= 227 * 1024) return s;
   return 1;
