@@ -69,6 +69,18 @@ MAMBA2_DEVICE void store_parts(const WeightSums<U, kWidth, kVec>& sums, U* g_par
   }
 }
 
+// What g gives to the last kWidth dx, but for the oldest `missing`.
+template <class U, int kWidth, int kVec>
+MAMBA2_DEVICE void add_gradient(const Taps<U, kWidth, kVec>& taps, const U (&g)[kVec],
+                                U (&unfinished)[kWidth][kVec], int missing) {
+  MAMBA2_UNROLL
+  for (int k = 0; k < kWidth; ++k) {
+    if (k < missing) continue;
+    MAMBA2_UNROLL
+    for (int c = 0; c < kVec; ++c) unfinished[k][c] += taps.weight[k][c] * g[c];
+  }
+}
+
 // What the final states give to the input at token t.
 template <class T, class U, int kWidth, int kVec>
 MAMBA2_DEVICE void add_final_state(const BackwardParams& params, const Place& place, int t, int i_d,
@@ -144,13 +156,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
         }
         if (t < last && place.i_seq >= 0) sums.add(window, x, g);
         window.push(x);
-        MAMBA2_UNROLL
-        for (int k = 0; k < kWidth; ++k) {  // no gradient reaches a token of another sequence
-          const bool same = !places.table || finished + k >= place.begin;
-          MAMBA2_UNROLL
-          for (int c = 0; c < kVec; ++c) {
-            unfinished[k][c] += same ? taps.weight[k][c] * g[c] : U(0);
-          }
+        if (!places.table || finished >= place.begin) {
+          add_gradient<U, kWidth, kVec>(taps, g, unfinished, 0);
+        } else {  // none reaches a token of another sequence
+          add_gradient<U, kWidth, kVec>(taps, g, unfinished, place.begin - finished);
         }
         if (finished >= first && finished < last) {
           add_final_state<T, U, kWidth>(params, places.at(row, finished), finished, i_d,
