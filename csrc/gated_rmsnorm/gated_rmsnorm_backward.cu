@@ -20,7 +20,10 @@ int rows_per_block(const Inputs& in) {
 }
 int64_t parts_of(const Inputs& in) { return ceil_div(in.b * in.l, rows_per_block(in)); }
 
-template <class T, int kVectors>
+// Where the gate is, at compile time: by selects it would cost more than the rest.
+enum class GateKind { none, inside, outside };
+
+template <class T, int kVectors, GateKind kGate>
 __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors))
     norm_backward(MAMBA2_GRID_CONSTANT const BackwardParams params, int rows_of_each,
                   float* g_parts) {
@@ -31,7 +34,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors)
   Sums<float>& sums = *static_cast<Sums<float>*>(ptx::dynamic_smem());
   float* s_weight = reinterpret_cast<float*>(&sums + 1);  // (s)
   float* s_dweight = s_weight + in.s;                     // (s), each thread's own, as the weights
-  const bool has_z = in.z.ptr != nullptr;
+  constexpr bool has_z = kGate != GateKind::none;
 
   typename C::Row next_x, next_z, next_dy;
   const auto load = [&](int64_t row) {
@@ -54,7 +57,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors)
       now_x[v] = next_x[v];
       now_dy[v] = next_dy[v];
       if (has_z) now_z[v] = next_z[v];
-      float x[C::kVec], z[C::kVec], dy[C::kVec];
+      float x[C::kVec], z[C::kVec] = {}, dy[C::kVec];
       now_x[v].unpack(x);
       now_dy[v].unpack(dy);
       if (has_z) now_z[v].unpack(z);
@@ -62,7 +65,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors)
       for (int c = 0; c < C::kVec; ++c) {
         const float weight = columns.has(v) ? s_weight[columns.at(v) + c] : 0.f;
         const float gated = has_z ? x[c] * fast::silu(z[c]) : x[c];
-        const float n = in.norm_before_gate ? x[c] : gated;
+        const float n = kGate == GateKind::outside ? x[c] : gated;
         sum[0] += n * n;
         sum[1] += dy[c] * weight * gated;  // the gate is in dn, or in v
       }
@@ -75,13 +78,14 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors)
     MAMBA2_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if (!columns.has(v)) continue;
-      float x[C::kVec], z[C::kVec], dy[C::kVec];
+      float x[C::kVec], z[C::kVec] = {}, dy[C::kVec];
       now_x[v].unpack(x);
       now_dy[v].unpack(dy);
       if (has_z) now_z[v].unpack(z);
       MAMBA2_UNROLL
       for (int c = 0; c < C::kVec; ++c) {
-        const Gate<float> gate = gate_of_z(in, has_z ? z[c] : 0.f);
+        const Gate<float> gate =
+            gate_of(fast::silu(z[c]), fast::silu_gradient(z[c]), has_z, kGate == GateKind::outside);
         const float weight = s_weight[columns.at(v) + c];
         const auto g = gradients_of(x[c], dy[c], weight, gate, r, projection);
         x[c] = g.dx;
@@ -155,8 +159,13 @@ int run_backward(const BackwardParams& params, void* parts, void* stream) {
   at.smem_bytes = sizeof(Sums<float>) + 2 * sizeof(float) * in.s;
   return with_vectors(in.dtype, shape.vectors, [&](auto tag, auto vectors) {
     using T = typename decltype(tag)::type;
-    return launch(norm_backward<T, vectors()>, at, stream, params, rows,
-                  static_cast<float*>(parts));
+    const auto run = [&](auto gate) {
+      return launch(norm_backward<T, vectors(), gate()>, at, stream, params, rows,
+                    static_cast<float*>(parts));
+    };
+    if (!in.z.ptr) return run(std::integral_constant<GateKind, GateKind::none>{});
+    if (in.norm_before_gate) return run(std::integral_constant<GateKind, GateKind::outside>{});
+    return run(std::integral_constant<GateKind, GateKind::inside>{});
   });
 }
 
