@@ -1,6 +1,6 @@
 """What ssd_scan is measured beside. Each rival is a function(shape) -> Calls, or is not there.
 
-ours        mamba2_cuda.ssd_scan
+ours        mamba2_cuda.ssd_scan; mamba2_cuda_sm80 is its portable path (tier sm80), forced
 mamba_ssm   the Triton kernels of state-spaces/mamba, from an unpacked sdist
 sdpa_flash, sdpa_cudnn   PyTorch's attention, in a model of the same width
 """
@@ -35,6 +35,7 @@ def implementations(names, mamba_ssm_folder=None):
     """Those of `names` that are installed here, and why the others are not, as two lists."""
     makers = {
         "mamba2_cuda": ours,
+        "mamba2_cuda_sm80": lambda: ours("mamba2_cuda_sm80", tier=2),
         "mamba_ssm": lambda: mamba_ssm(mamba_ssm_folder),
         "sdpa_flash": lambda: attention("sdpa_flash", SDPBackend.FLASH_ATTENTION),
         "sdpa_cudnn": lambda: attention("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -48,18 +49,20 @@ def implementations(names, mamba_ssm_folder=None):
     return found, missing
 
 
-def ours():
+def ours(name="mamba2_cuda", tier=0):
     import mamba2_cuda
+    from mamba2_cuda.ops.plan import force_plan
 
     def prepare(shape, requires_grad):
         arguments, options = inputs(shape, torch.bfloat16, "cuda", requires_grad)
 
         def call():
-            return mamba2_cuda.ssd_scan(*arguments, **options, dt_softplus=True)
+            with force_plan(tier):
+                return mamba2_cuda.ssd_scan(*arguments, **options, dt_softplus=True)
 
         return call, (*arguments, *options.values())
 
-    return Implementation("mamba2_cuda", mamba2_cuda.__version__, "ssd", prepare)
+    return Implementation(name, mamba2_cuda.__version__, "ssd", prepare)
 
 
 def mamba_ssm(folder):

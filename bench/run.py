@@ -29,7 +29,7 @@ from bench.shapes import (
 from mamba2_cuda._explain import floor_bytes, flops
 
 OURS, RIVAL = "mamba2_cuda", "mamba_ssm"
-IMPLEMENTATIONS = (OURS, RIVAL, "sdpa_flash", "sdpa_cudnn")
+IMPLEMENTATIONS = (OURS, "mamba2_cuda_sm80", RIVAL, "sdpa_flash", "sdpa_cudnn")
 OPS = ("fwd", "bwd", "train")
 
 
