@@ -86,17 +86,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     return;
   }
   ptx::setmaxnreg_inc<240>();
-  if (warpgroup == 0) {
-    if (task.block == 0)
-      StateSide<T, kN, true>(args, s, task).run();
-    else
-      StateSide<T, kN, false>(args, s, task).run();
-  } else {
-    if (task.block == 0)
-      TokenSide<T, kN, true>(args, s, task).run();
-    else
-      TokenSide<T, kN, false>(args, s, task).run();
-  }
+  if (warpgroup == 0)
+    StateSide<T, kN>(args, s, task).run();
+  else
+    TokenSide<T, kN>(args, s, task).run();
 #endif
 }
 

@@ -10,7 +10,7 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kEarlier>
+template <class T, int kN>
 struct StateSide : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::thread;
@@ -54,8 +54,8 @@ struct StateSide : ScanConsumer<T, kN> {
   }
 
   MAMBA2_DEVICE void head(const HeadStage<T, kN>& stage, HeadSums& sums) {
-    const float* a_log2 = stage.a_log2 + (kEarlier ? 0 : kBlock);
-    const float* delta = stage.delta + (kEarlier ? 0 : kBlock);
+    const float* a_log2 = stage.a_log2 + task.block * kBlock;
+    const float* delta = stage.delta + task.block * kBlock;
     float from_state[2], to_state[2];
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -82,7 +82,7 @@ struct StateSide : ScanConsumer<T, kN> {
     ptx::wgmma_commit_group();
     tile::product_rs<T, kN, 4>(dB, x, tile::MnMajor<kHeadDim>{stage.G}, true);
     ptx::wgmma_commit_group();
-    if constexpr (!kEarlier) {
+    if (task.block == 1) {
       const float K = state_dot(stage);
       if (me.lane == 0) sums.K[me.warp] = K;
     }
@@ -118,7 +118,7 @@ struct StateSide : ScanConsumer<T, kN> {
     add_product<T, kN>(dC, a, tile::MnMajor<kBlock>{s.B});
     tile::load_fragments<4>(a, this->dCB_panel(0), me);
     add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{s.C[0]});
-    if constexpr (kEarlier) {
+    if (task.block == 0) {
       tile::load_fragments<4>(a, this->dCB_panel(1), me);
       add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{s.C[1]});
     }

@@ -14,80 +14,112 @@ struct Rows {
   float a_log2[2], delta[2], V[2];
 };
 
-template <class T, int kN, bool kEarlier>
+template <class T, int kN>
 struct TokenSide : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::thread;
   using Base::Base;
-  static constexpr int kTargets = kEarlier ? 2 : 1;  // blocks of tokens i
-  float dCB[kTargets][32];                           // (j, i), summed over heads
+  // A target is a block of tokens i: 0 the own one, 1 the later one. One copy of the code serves
+  // both, on registers that a second target swaps in.
+  int target = 0;                 // whose dCB is at hand
+  float dCB[kBlock / 2];          // (j, i), summed over heads
+  float resting_dCB[kBlock / 2];  // of the other target
 
-  // 16 columns i of a block: L o C B^T into the fragment m, L o delta o U into dCB, sums of V.
-  template <bool kMasked>
-  MAMBA2_DEVICE void weigh_step(uint32_t (&m)[16], Rows& rows, float (&columns)[16], HeadSums& sums,
-                                int step, const float (&U)[32],
-                                const float4 (&BC)[8][tile::kWarpgroup], float (&dCB)[32],
-                                const float* a_log2) {
+  MAMBA2_DEVICE int targets() const { return 2 - task.block; }
+  MAMBA2_DEVICE void swap_targets() {
     MAMBA2_UNROLL
-    for (int block8 = 2 * step; block8 < 2 * step + 2; ++block8) {
-      const float4 bc4 = BC[block8][thread];
+    for (int e = 0; e < kBlock / 2; ++e) {
+      const float rests = resting_dCB[e];
+      resting_dCB[e] = dCB[e];
+      dCB[e] = rests;
+    }
+    target ^= 1;
+  }
+
+  // 16 columns i of the target: L o C B^T into the fragment m, L o delta o U into dCB, sums of V.
+  // Where they are a warp's own rows (diagonal), pairs with i < j are masked.
+  MAMBA2_DEVICE void weigh_step(uint32_t (&m)[16], Rows& rows, float (&columns)[16], HeadSums& sums,
+                                int step, const float (&U)[32], const float* a_log2,
+                                bool diagonal) {
+    const int past = 2 * (me.lane % 4) - me.lane / 4;  // i - j where both are in the same 8
+    float L[2][4], V[2][4];                            // [8 columns][element]
+    MAMBA2_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      const float2 a2 = *reinterpret_cast<const float2*>(a_log2 + me.column(2 * step + u));
+      MAMBA2_UNROLL
+      for (int e = 0; e < 4; ++e) L[u][e] = ptx::ex2((e & 1 ? a2.y : a2.x) - rows.a_log2[e >> 1]);
+    }
+    if (diagonal) {
+      L[0][2] = L[0][3] = 0;
+      MAMBA2_UNROLL
+      for (int u = 0; u < 2; ++u) {
+        L[u][2 * u] = past < 0 ? 0 : L[u][2 * u];
+        L[u][2 * u + 1] = past < -1 ? 0 : L[u][2 * u + 1];
+      }
+    }
+    MAMBA2_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      const int block8 = 2 * step + u;
+      const float4 bc4 = s.BC[target][block8][thread];
       const float bc[4] = {bc4.x, bc4.y, bc4.z, bc4.w};
-      const float2 a2 = *reinterpret_cast<const float2*>(a_log2 + me.column(block8));
       float weight[4];
       MAMBA2_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const int half = e >> 1, past = me.column(block8) + (e & 1) - me.row(half);
-        float L = ptx::ex2((e & 1 ? a2.y : a2.x) - rows.a_log2[half]);
-        if (kMasked && past < 0) L = 0;
-        const float LU = L * U[4 * block8 + e];
-        float V = LU * bc[e];
-        weight[e] = L * bc[e];
-        dCB[4 * block8 + e] += LU * rows.delta[half];
-        if (kMasked && past == 0) {
-          sums.diagonal[me.row(half)] = V;
-          sums.dy_x[me.row(half)] = U[4 * block8 + e];
-        }
-        if (kMasked && past <= 0) V = 0;
-        rows.V[half] += V;
-        columns[2 * block8 + (e & 1)] += V * rows.delta[half];
+        const float LU = L[u][e] * U[4 * block8 + e];
+        V[u][e] = LU * bc[e];
+        weight[e] = L[u][e] * bc[e];
+        dCB[4 * block8 + e] += LU * rows.delta[e >> 1];
       }
       m[2 * block8] = pack2<T>(weight[0], weight[1]);
       m[2 * block8 + 1] = pack2<T>(weight[2], weight[3]);
     }
+    if (diagonal) {
+      MAMBA2_UNROLL
+      for (int u = 0; u < 2; ++u) {
+        const float V0 = V[u][2 * u], V1 = V[u][2 * u + 1];
+        const float U0 = U[8 * step + 6 * u], U1 = U[8 * step + 6 * u + 1];
+        if (past == 0 || past == -1) {
+          sums.diagonal[me.row(u)] = past == 0 ? V0 : V1;
+          sums.dy_x[me.row(u)] = past == 0 ? U0 : U1;
+        }
+        V[u][2 * u] = past == 0 ? 0 : V0;
+        V[u][2 * u + 1] = past == -1 ? 0 : V1;
+      }
+    }
+    MAMBA2_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      MAMBA2_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        rows.V[e >> 1] += V[u][e];
+        columns[2 * (2 * step + u) + (e & 1)] += V[u][e] * rows.delta[e >> 1];
+      }
+    }
   }
-  // All of a block of tokens i.
-  template <bool kDiagonal>
+  // All of the target.
   MAMBA2_DEVICE void weigh(uint32_t (&m)[16], Rows& rows, HeadSums& sums, const float (&U)[32],
-                           const float4 (&BC)[8][tile::kWarpgroup], float (&dCB)[32],
                            const float* a_log2) {
+    const int first_step = target == 0 ? me.warp : 0;  // before it, every i is before every j
+    // As a set of bits: told that step == warp, the compiler would index registers with the warp.
+    const unsigned diagonal = target == 0 ? 1u << me.warp : 0;
     float columns[16];
     MAMBA2_UNROLL
-    for (int i = 0; i < 16; ++i) columns[i] = 0;
+    for (int i = 0; i < 16; ++i) columns[i] = 0, m[i] = 0;
     MAMBA2_UNROLL
     for (int step = 0; step < 4; ++step) {
       __syncwarp();  // keeps the compiler from loading all steps' C B^T at once: registers
-      if (!kDiagonal || step > me.warp) {
-        weigh_step<false>(m, rows, columns, sums, step, U, BC, dCB, a_log2);
-      } else if (step == me.warp) {
-        weigh_step<true>(m, rows, columns, sums, step, U, BC, dCB, a_log2);
-      } else {
-        MAMBA2_UNROLL
-        for (int i = 0; i < 4; ++i) m[4 * step + i] = 0;
-      }
+      if (step >= first_step)
+        weigh_step(m, rows, columns, sums, step, U, a_log2, diagonal >> step & 1);
     }
-    column_sums(columns, sums.R[kDiagonal ? 0 : 1][me.warp], me.lane);
+    column_sums(columns, sums.R[target][me.warp], me.lane);
   }
 
-  // U = x dy^T, all blocks of tokens i: issued.
-  MAMBA2_DEVICE void multiply_tokens(float (&U)[kTargets][32], const HeadStage<T, kN>& stage) {
+  // U = x dy^T of the target: issued.
+  MAMBA2_DEVICE void multiply_tokens(float (&U)[32], const HeadStage<T, kN>& stage) {
     uint32_t x[16];
     tile::load_fragments<4>(x, stage.x, me);
-    MAMBA2_UNROLL
-    for (int i = 0; i < kTargets; ++i) ptx::wgmma_fence_operand(U[i]);
+    ptx::wgmma_fence_operand(U);
     ptx::wgmma_fence();
-    MAMBA2_UNROLL
-    for (int i = 0; i < kTargets; ++i)
-      tile::product_rs<T, kBlock, 4>(U[i], x, tile::KMajor<kBlock>{stage.dy[i]}, false);
+    tile::product_rs<T, kBlock, 4>(U, x, tile::KMajor<kBlock>{stage.dy[target]}, false);
     ptx::wgmma_commit_group();
   }
   // G B_j becomes 2^(a_q - a_j) G B_j; its product with x_j is F_j / delta_j.
@@ -102,7 +134,7 @@ struct TokenSide : ScanConsumer<T, kN> {
     MAMBA2_UNROLL
     for (int e = 0; e < 32; ++e) GB[e] *= to_state[(e >> 1) & 1];
     row_dots<T>(F, x, GB);
-    const int64_t own = args.head_at(task.i_chunk, head) * kBackwardQ + (kEarlier ? 0 : kBlock);
+    const int64_t own = args.head_at(task.i_chunk, head) * kBackwardQ + task.block * kBlock;
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float sum = row_sum(F[half]);
@@ -146,7 +178,7 @@ struct TokenSide : ScanConsumer<T, kN> {
                                 int i_head) {
     const int head = task.first_head + i_head;
     const int64_t index = args.head_at(task.i_chunk, head);
-    const int64_t own = index * kBackwardQ + (kEarlier ? 0 : kBlock);
+    const int64_t own = index * kBackwardQ + task.block * kBlock;
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float V = row_sum(rows.V[half]);
@@ -154,20 +186,21 @@ struct TokenSide : ScanConsumer<T, kN> {
     }
     ptx::bar_sync(kTokenSideBarrier, tile::kWarpgroup);
     ptx::mbarrier_wait(&s.state_sums[stage_of(i_head)], phase_of(i_head));
+    const bool earlier = task.block == 0;
     const int i = thread % kBlock;
     if (thread < kBlock) {
       const float (&R)[4][kBlock] = sums.R[0];
-      const float Q = sums.V[i] * stage.delta[kEarlier ? i : kBlock + i];
+      const float Q = sums.V[i] * stage.delta[task.block * kBlock + i];
       const float row = R[0][i] + R[1][i] + R[2][i] + R[3][i] - Q;
       args.columns[own + i] = sums.V[i] + sums.diagonal[i];
-      args.rows_out[own + i] = kEarlier ? row : row + sums.E[i];
-      if (kEarlier) args.later_rows[own + i] = sums.E[i];
+      args.rows_out[own + i] = earlier ? row : row + sums.E[i];
+      if (earlier) args.later_rows[own + i] = sums.E[i];
       // (state_sweeps has written that of a last chunk)
-      if (!kEarlier && i == 0 && !(task.chunk.is_last && args.d_final_states))
+      if (!earlier && i == 0 && !(task.chunk.is_last && args.d_final_states))
         args.through[index] = sums.K[0] + sums.K[1] + sums.K[2] + sums.K[3];
     } else {
       const float (&R)[4][kBlock] = sums.R[1];
-      if (kEarlier) args.later_rows[own + kBlock + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
+      if (earlier) args.later_rows[own + kBlock + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
       const float dD = args.D_per_channel
                            ? sums.dD[0][i] + sums.dD[1][i] + sums.dD[2][i] + sums.dD[3][i]
                            : sums.dy_x[i];
@@ -177,12 +210,15 @@ struct TokenSide : ScanConsumer<T, kN> {
   }
 
   MAMBA2_DEVICE void head(const HeadStage<T, kN>& stage, HeadSums& sums, int i_head) {
-    const float* a_log2 = stage.a_log2 + (kEarlier ? 0 : kBlock);
-    const float* delta = stage.delta + (kEarlier ? 0 : kBlock);
-    float U[kTargets][32], dx[32];  // dx lacks delta_j and D until the end
-    uint32_t m[kTargets][16];
-    multiply_tokens(U, stage);
+    const float* a_log2 = stage.a_log2 + task.block * kBlock;
+    const float* delta = stage.delta + task.block * kBlock;
+    float U[32], dx[32];  // dx lacks delta_j and D until the end
     Rows rows;
+    ptx::wgmma_fence_operand(dx);
+    ptx::wgmma_fence();
+    tile::product_ss<T, kHeadDim, kN / 16>(dx, tile::KMajor<kBlock>{s.B},
+                                           tile::KMajor<kHeadDim>{stage.G}, false);
+    ptx::wgmma_commit_group();
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
       rows.a_log2[half] = a_log2[me.row(half)];
@@ -190,35 +226,32 @@ struct TokenSide : ScanConsumer<T, kN> {
       rows.V[half] = 0;
     }
     ptx::wgmma_wait_group<0>();
-    MAMBA2_UNROLL
-    for (int i = 0; i < kTargets; ++i) ptx::wgmma_fence_operand(U[i]);
-
-    if constexpr (kEarlier) weigh<false>(m[1], rows, sums, U[1], s.BC[1], dCB[1], a_log2 + kBlock);
-    ptx::wgmma_fence_operand(dx);
-    ptx::wgmma_fence();
-    tile::product_ss<T, kHeadDim, kN / 16>(dx, tile::KMajor<kBlock>{s.B},
-                                           tile::KMajor<kHeadDim>{stage.G}, false);
-    ptx::wgmma_commit_group();
-    weigh<true>(m[0], rows, sums, U[0], s.BC[0], dCB[0], a_log2);
-    ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(dx);
     weigh_state(stage, dx, rows, task.first_head + i_head);
-    ptx::wgmma_fence_operand(dx);
-    ptx::wgmma_fence();
-    MAMBA2_UNROLL
-    for (int i = 0; i < kTargets; ++i)
-      tile::product_rs<T, kHeadDim, 4>(dx, m[i], tile::MnMajor<kBlock>{stage.dy[i]}, true);
-    ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_fence_operand(dx);
+
+    MAMBA2_NO_UNROLL
+    for (int i = 0; i < targets(); ++i) {
+      uint32_t m[16];
+      multiply_tokens(U, stage);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(U);
+      weigh(m, rows, sums, U, a_log2 + target * kBlock);
+      ptx::wgmma_fence_operand(dx);
+      ptx::wgmma_fence();
+      tile::product_rs<T, kHeadDim, 4>(dx, m, tile::MnMajor<kBlock>{stage.dy[target]}, true);
+      ptx::wgmma_commit_group();
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(dx);
+      if (task.block == 0) swap_targets();
+    }
     store_dx(stage, dx, rows, task.first_head + i_head);
     write_sums(stage, sums, rows, i_head);
   }
 
   // (C B^T)^T of the own tokens j and each block of tokens i.
   MAMBA2_DEVICE void park_BC() {
-    MAMBA2_UNROLL
-    for (int i = 0; i < kTargets; ++i) {
+    MAMBA2_NO_UNROLL
+    for (int i = 0; i < targets(); ++i) {
       float d[32];
       ptx::wgmma_fence_operand(d);
       ptx::wgmma_fence();
@@ -230,31 +263,37 @@ struct TokenSide : ScanConsumer<T, kN> {
       MAMBA2_UNROLL
       for (int e = 0; e < 8; ++e)
         s.BC[i][e][thread] = float4{d[4 * e], d[4 * e + 1], d[4 * e + 2], d[4 * e + 3]};
-      MAMBA2_UNROLL
-      for (int e = 0; e < 32; ++e) dCB[i][e] = 0;
+    }
+  }
+  // dCB at hand to its panel.
+  MAMBA2_DEVICE void store_dCB() {
+    uint32_t a[16];
+    tile::round_to_fragments<T>(a, dCB);
+    MAMBA2_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      const uint32_t r[4] = {a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3]};
+      tile::store_fragment(this->dCB_panel(target), r, step, me);
     }
   }
 
   MAMBA2_DEVICE void run() {
     this->wait_group();
     park_BC();
+    MAMBA2_UNROLL
+    for (int e = 0; e < kBlock / 2; ++e) dCB[e] = resting_dCB[e] = 0;
+    MAMBA2_NO_UNROLL
     for (int i = 0; i < task.heads; ++i) {
       head(this->wait_head(i), s.sums[stage_of(i)], i);
       arrive_warp(&s.ring.empty[stage_of(i)], me.lane);
     }
     this->both();
-    MAMBA2_UNROLL
-    for (int i = 0; i < kTargets; ++i) {
-      uint32_t a[16];
-      tile::round_to_fragments<T>(a, dCB[i]);
-      MAMBA2_UNROLL
-      for (int step = 0; step < 4; ++step) {
-        const uint32_t r[4] = {a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3]};
-        tile::store_fragment(this->dCB_panel(i), r, step, me);
-      }
+    MAMBA2_NO_UNROLL
+    for (int i = 0; i < targets(); ++i) {
+      store_dCB();
+      if (task.block == 0) swap_targets();
     }
     this->both();
-    if constexpr (kEarlier) {
+    if (task.block == 0) {
       float dC[kN / 2];
       MAMBA2_UNROLL
       for (int e = 0; e < kN / 2; ++e) dC[e] = 0;
