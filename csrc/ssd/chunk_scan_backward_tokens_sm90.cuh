@@ -115,11 +115,10 @@ struct TokenSide : ScanConsumer<T, kN> {
 
   // U = x dy^T of the target: issued.
   MAMBA2_DEVICE void multiply_tokens(float (&U)[32], const HeadStage<T, kN>& stage) {
-    uint32_t x[16];
-    tile::load_fragments<4>(x, stage.x, me);
     ptx::wgmma_fence_operand(U);
     ptx::wgmma_fence();
-    tile::product_rs<T, kBlock, 4>(U, x, tile::KMajor<kBlock>{stage.dy[target]}, false);
+    tile::product_ss<T, kBlock, 4>(U, tile::KMajor<kBlock>{stage.x},
+                                   tile::KMajor<kBlock>{stage.dy[target]}, false);
     ptx::wgmma_commit_group();
   }
   // G B_j becomes 2^(a_q - a_j) G B_j; its product with x_j is F_j / delta_j.
@@ -225,24 +224,26 @@ struct TokenSide : ScanConsumer<T, kN> {
       rows.delta[half] = delta[me.row(half)];
       rows.V[half] = 0;
     }
-    ptx::wgmma_wait_group<0>();
+    multiply_tokens(U, stage);
+    ptx::wgmma_wait_group<1>();
     ptx::wgmma_fence_operand(dx);
     weigh_state(stage, dx, rows, task.first_head + i_head);
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(U);
 
     MAMBA2_NO_UNROLL
     for (int i = 0; i < targets(); ++i) {
       uint32_t m[16];
-      multiply_tokens(U, stage);
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_fence_operand(U);
       weigh(m, rows, sums, U, a_log2 + target * kBlock);
       ptx::wgmma_fence_operand(dx);
       ptx::wgmma_fence();
       tile::product_rs<T, kHeadDim, 4>(dx, m, tile::MnMajor<kBlock>{stage.dy[target]}, true);
       ptx::wgmma_commit_group();
+      if (task.block == 0) swap_targets();
+      if (i + 1 < targets()) multiply_tokens(U, stage);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(dx);
-      if (task.block == 0) swap_targets();
+      ptx::wgmma_fence_operand(U);
     }
     store_dx(stage, dx, rows, task.first_head + i_head);
     write_sums(stage, sums, rows, i_head);
