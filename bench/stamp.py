@@ -48,6 +48,8 @@ def require_green(gpu):
 
 
 def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workerinput"):
+        return  # a worker of pytest-xdist saw a part only; the controller knows the whole
     import torch
 
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

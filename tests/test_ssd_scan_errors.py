@@ -166,7 +166,7 @@ def test_message_of_the_backward(name, device, ops):
         ops.ssd_scan_backward_out(
             given["dy"], given["d_final_states"], *tensors, None, *options, 0, *destinations
         )
-    assert str(refused.value) == f"ssd_scan backward: {message}"
+    assert str(refused.value) == f"ssd_scan_backward: {message}"
 
 
 def test_memory_that_is_not_there_is_named(cuda):
