@@ -91,7 +91,10 @@ MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, con
   const int first = lane * kRun;
   const int64_t at = (int64_t(i_c) * g.h + i_h) * (32 * kRun) + first;
   const float A = load<float>(g.A, i_h);
-  float through = g.d_log_decay ? g.d_log_decay[int64_t(chunk.i_seq) * g.h + i_h] : 0.f;
+  // log_decay of a segment is the plain sum: the clamp of a token's decay is not in its gradient.
+  const float d_log_decay =
+      g.d_log_decay ? g.d_log_decay[int64_t(chunk.i_seq) * g.h + i_h] : 0.f;
+  float through = 0;
   for (int i = 0; i < parts.through_parts; ++i)
     through += parts.through[(i * g.chunks + i_c) * g.h + i_h];
 
@@ -120,7 +123,8 @@ MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, con
   float dA = 0;
   MAMBA2_UNROLL
   for (int k = 0; k < kRun; ++k) {
-    const float d_a = decay_clamped(delta[k], A) ? 0.f : across[k] + to_state[k] + through;
+    const float d_decay = decay_clamped(delta[k], A) ? 0.f : across[k] + to_state[k] + through;
+    const float d_a = d_decay + d_log_decay;
     dA += delta[k] * d_a;
     smem.d_delta[first + k][i_h % kHeads] = d_delta[k] + A * d_a;
   }

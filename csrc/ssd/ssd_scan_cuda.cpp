@@ -125,6 +125,8 @@ Tensor run_forward(const char* op, ForwardCall& call, const Tensor& x, bool save
   problem.save_states = numel > 0;
   Tensor chunk_states = allocate(Sizes{numel}, x.scalar_type(), x);
   if (numel > 0) call.params.chunk_states = chunk_states.mutable_data_ptr();
+  // Packed: the bound on the chunks may exceed their number; an output has no unwritten element.
+  if (numel > 0 && problem.shape.packed) torch::stable::zero_(chunk_states);
 
   const TierKernels& kernels = kernels_of(plan.tier);
   const Scratch scratch(kernels.forward_workspace_bytes(problem, plan, device), x);

@@ -1,0 +1,14 @@
+"""ssd_segment_state on the emulated card: every tier's backward, where decays are 0 in fp32."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_ssd_segment_state import BIASED, check, run_ops
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_steep_decay(emulated, dtype, plan):
+    case = replace(BIASED, dtype=dtype, dt_dtype=torch.float32, p=32, n=32)
+    check(run_ops(emulated.ops, plan), case, "cpu", f"plan={plan}", A=-1e4)
