@@ -49,12 +49,7 @@ def main():
     options = parse_options()
     if not torch.cuda.is_available():
         raise SystemExit("bench.around measures on a GPU")
-    try:
-        print("tests:", stamp.require_green(gpu=True)["summary"])
-    except stamp.RedTests as red:
-        if not options.unchecked:
-            raise SystemExit(f"no figures: {red}") from None
-        print(f"UNCHECKED, nothing is saved: {red}")
+    stamp.refuse_if_red(options.unchecked)
     copy_rate = timing.copy_bytes_per_second()
     print(f"{torch.cuda.get_device_name()}: copy {copy_rate / 1e12:.2f} TB/s")
     command = shlex.join(["python", "-m", "bench.around", *sys.argv[1:]])

@@ -29,12 +29,7 @@ REPEATS = {"mamba2_cuda": 20, "block": 20, "recurrent": 3}
 def main():
     options = parse_options()
     torch.set_num_threads(options.threads)
-    try:
-        print("tests:", stamp.require_green(gpu=False)["summary"])
-    except stamp.RedTests as red:
-        if not options.unchecked:
-            raise SystemExit(f"no figures: {red}") from None
-        print(f"UNCHECKED, nothing is saved: {red}")
+    stamp.refuse_if_red(options.unchecked, gpu=False)
     ms = {name: statistics.median(times) for name, times in measure(calls()).items()}
     ratios = {name: ms[name] / ms["mamba2_cuda"] for name in GOALS}
     print(f"{processor()}, {options.threads} threads, torch {torch.__version__}, {SHAPE}, fp32")

@@ -35,12 +35,7 @@ def main():
     options = parse_options()
     if not torch.cuda.is_available():
         raise SystemExit("bench.model measures on a GPU")
-    try:
-        print("tests:", stamp.require_green(gpu=True)["summary"])
-    except stamp.RedTests as red:
-        if not options.unchecked:
-            raise SystemExit(f"no figures: {red}") from None
-        print(f"UNCHECKED, nothing is saved: {red}")
+    stamp.refuse_if_red(options.unchecked)
     command = shlex.join(["python", "-m", "bench.model", *sys.argv[1:]])
     common = {"dtype": "bf16", "impl": "mamba2_cuda", "version": __version__}
     common |= {"gpu": torch.cuda.get_device_name(), **rows.provenance(command, options.commit)}

@@ -37,12 +37,7 @@ def main():
     options = parse_options()
     if not torch.cuda.is_available():
         raise SystemExit("bench.run measures on a GPU; python -m bench.cpu measures on the CPU")
-    try:
-        print("tests:", stamp.require_green(gpu=True)["summary"])
-    except stamp.RedTests as red:
-        if not options.unchecked:
-            raise SystemExit(f"no figures: {red}") from None
-        print(f"UNCHECKED, nothing is saved: {red}")
+    stamp.refuse_if_red(options.unchecked)
     found, missing = implementations(options.impls, options.mamba_ssm)
     print("not here:", *(missing or ["none"]), sep="\n  ")
     copy_rate = timing.copy_bytes_per_second()

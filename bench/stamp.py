@@ -47,6 +47,16 @@ def require_green(gpu):
     return stamp
 
 
+def refuse_if_red(unchecked, gpu=True):
+    """Ends a bench whose tests are not green; `unchecked`: says so and goes on."""
+    try:
+        print("tests:", require_green(gpu)["summary"])
+    except RedTests as red:
+        if not unchecked:
+            raise SystemExit(f"no figures: {red}") from None
+        print(f"UNCHECKED, nothing is saved: {red}")
+
+
 def pytest_sessionfinish(session, exitstatus):
     if hasattr(session.config, "workerinput"):
         return  # a worker of pytest-xdist saw a part only; the controller knows the whole
