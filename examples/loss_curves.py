@@ -1,4 +1,4 @@
-"""Two runs that differ in ssd_scan alone: the kernels, and the operator in plain PyTorch.
+"""Two runs that differ in convolution, scan and norm: the kernels, and plain PyTorch.
 
   python -m examples.loss_curves [--steps 200] [--out out/loss_curves]
 
@@ -28,9 +28,10 @@ def main(arguments=None):
     options.out.mkdir(parents=True, exist_ok=True)
     training, held_out = standard_library()
     curves = {}
-    for name, scan in {"kernels": functional.ssd_scan, "reference": plain_scan}.items():
+    layers = {"kernels": functional.conv_scan_norm, "reference": plain_conv_scan_norm}
+    for name, layer in layers.items():
         trainer = make_trainer(options, training, held_out)
-        with mock.patch.object(functional, "ssd_scan", scan):
+        with mock.patch.object(functional, "conv_scan_norm", layer):
             curves[name] = [trainer.train_step()["loss"] for _ in range(options.steps)]
         print(f"{name}: loss {curves[name][0]:.4f} at first, {curves[name][-1]:.4f} at last")
     return present(curves, options)
@@ -54,10 +55,23 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def plain_scan(*tensors, **options):
-    """reference.ssd_scan in fp32, whatever autocast would make of its products."""
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        return reference.ssd_scan(*tensors, **options)
+def plain_conv_scan_norm(
+    zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens, options
+):
+    """nn.functional.conv_scan_norm out of reference/, in fp32 whatever autocast would make of it,
+    rounded between the three operators as the kernels' results are."""
+    layout = options.layout
+    with torch.autocast(zxBCdt.device.type, enabled=False):
+        z, xBC, dt = layout.split(zxBCdt)
+        x, B, C = layout.split_conv(reference.causal_conv1d(xBC, conv_weight, conv_bias))
+        y = reference.ssd_scan(
+            x, dt, -A_log.exp(), B, C, D=D, dt_bias=dt_bias, dt_softplus=True,
+            dt_limit=options.dt_limit,
+        )  # fmt: skip
+        return reference.gated_rmsnorm(
+            y.flatten(-2), norm_weight, z, eps=options.eps, group_size=options.group_size,
+            norm_before_gate=options.norm_before_gate,
+        )  # fmt: skip
 
 
 def make_trainer(options, training, held_out):

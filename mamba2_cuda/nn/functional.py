@@ -8,4 +8,13 @@ from mamba2_cuda.ops import (
     ssd_step,
 )
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "gated_rmsnorm", "ssd_scan", "ssd_step"]
+from .conv_scan_norm import conv_scan_norm
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "conv_scan_norm",
+    "gated_rmsnorm",
+    "ssd_scan",
+    "ssd_step",
+]

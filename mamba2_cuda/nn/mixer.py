@@ -17,6 +17,7 @@ from torch import nn
 from . import functional
 from .cache import MixerCache
 from .conv import CausalConv1d
+from .conv_scan_norm import A_of, Options
 from .layout import ProjectionLayout
 from .norm import GatedRMSNorm
 
@@ -68,8 +69,9 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(A.log().to(dtype))
         self.D = nn.Parameter(torch.ones(layout.d_inner if D_has_hdim else heads, **made))
         self.norm = None
+        group_size = layout.d_inner // (norm_groups or ngroups)
+        self.options = Options(layout, self.dt_limit, norm_eps, group_size, norm_before_gate)
         if rmsnorm:
-            group_size = layout.d_inner // (norm_groups or ngroups)
             self.norm = GatedRMSNorm(layout.d_inner, group_size, norm_before_gate, norm_eps, **made)
         self.out_proj = nn.Linear(layout.d_inner, d_model, bias=bias, **made)
 
@@ -77,18 +79,35 @@ class Mamba2(nn.Module):
         """u (b, l, d_model); tokens says what is packed or padded; cache is read and moved on."""
         cu_seqlens = None if tokens is None else tokens.cu_seqlens
         real = None if tokens is None else tokens.real()
-        z, xBC, dt = self.layout.split(self.in_proj(u))
-        xBC = self.conv1d(hide(xBC, real), cu_seqlens, None if cache is None else cache.conv)
+        zxBCdt = self.in_proj(u)
+        if cache is None and real is None:
+            y = self.whole(zxBCdt, cu_seqlens)
+        else:
+            y = self.in_parts(zxBCdt, real, cache)
+        return self.out_proj(y)
+
+    def whole(self, zxBCdt, cu_seqlens):
+        """All between the projections, where nothing comes before and nothing is padding."""
+        return functional.conv_scan_norm(
+            zxBCdt, self.conv1d.weight[:, 0], self.conv1d.bias, self.A_log, self.D_by_head(),
+            self.dt_bias, None if self.norm is None else self.norm.weight, cu_seqlens,
+            self.options,
+        )  # fmt: skip
+
+    def in_parts(self, zxBCdt, real, cache):
+        """The same from a cache, or with padding."""
+        z, xBC, dt = self.layout.split(zxBCdt)
+        xBC = self.conv1d(hide(xBC, real), state=None if cache is None else cache.conv)
         x, B, C = self.layout.split_conv(hide(xBC, real))
-        if cache is not None and u.size(1) == 1:
+        if cache is not None and x.size(1) == 1:
             y = self.step(cache, x[:, 0], dt[:, 0], B[:, 0], C[:, 0], z[:, 0])[:, None]
         else:
-            y = self.scan(x, dt, B, C, z, cu_seqlens, cache)
+            y = self.scan(x, dt, B, C, z, cache)
         y = y.flatten(-2)
-        return self.out_proj(y if self.norm is None else self.norm(y, z))
+        return y if self.norm is None else self.norm(y, z)
 
-    def scan(self, x, dt, B, C, z, cu_seqlens, cache):
-        options = dict(self.scan_options(z), cu_seqlens=cu_seqlens)
+    def scan(self, x, dt, B, C, z, cache):
+        options = self.scan_options(z)
         if cache is None:
             return functional.ssd_scan(x, dt, self.A(), B, C, **options)
         y, after = functional.ssd_scan(
@@ -101,11 +120,14 @@ class Mamba2(nn.Module):
         return functional.ssd_step(cache.ssm, x, dt, cache.A, B, C, **self.scan_options(z))
 
     def A(self):
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return A_of(self.A_log)
+
+    def D_by_head(self):
+        return self.layout.by_head(self.D) if self.D_has_hdim else self.D
 
     def scan_options(self, z):
         return dict(
-            D=self.layout.by_head(self.D) if self.D_has_hdim else self.D,
+            D=self.D_by_head(),
             z=self.layout.by_head(z) if self.norm is None else None,
             dt_bias=self.dt_bias,
             dt_softplus=True,
