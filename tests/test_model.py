@@ -199,30 +199,6 @@ def test_initial_values_are_the_papers():
     assert (mixer.D == 1).all()
 
 
-@pytest.mark.parametrize("rmsnorm", [False, True])
-def test_the_parts_of_the_projection_split_over_ranks(rmsnorm):
-    """Each rank with its rows of every part gives a summand of the whole (paper, 8.1)."""
-    torch.manual_seed(0)
-    options = dict(d_state=8, headdim=8, rmsnorm=rmsnorm, dtype=F64)
-    whole, u = Mamba2(32, ngroups=4, **options), torch.randn(2, 7, 32, dtype=F64)
-    state, total = whole.state_dict(), 0
-    for rank in range(2):
-        share = Mamba2(32, expand=1, ngroups=2, **options)
-        assert share.layout == whole.layout.share(2)
-        rows = {
-            "in_proj.weight": whole.layout.rows(("z", "x", "B", "C", "dt"), rank, 2),
-            "conv1d.weight": whole.layout.rows(("x", "B", "C"), rank, 2),
-            "norm.weight": whole.layout.rows(("x",), rank, 2),
-            "D": whole.layout.rows(("dt",), rank, 2),
-        }
-        rows |= {"conv1d.bias": rows["conv1d.weight"], "A_log": rows["D"], "dt_bias": rows["D"]}
-        columns = whole.layout.rows(("x",), rank, 2)
-        part = {k: v[rows[k]] for k, v in state.items() if k != "out_proj.weight"}
-        share.load_state_dict(part | {"out_proj.weight": state["out_proj.weight"][:, columns]})
-        total = total + share(u)
-    torch.testing.assert_close(total, whole(u))
-
-
 def test_refusals_name_what_is_wrong():
     model, tokens = make_model(**HYBRID), some_tokens(2, 4)
     cache = model.allocate_cache(2, 5)

@@ -12,6 +12,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from . import functional
@@ -20,6 +21,7 @@ from .conv import CausalConv1d
 from .conv_scan_norm import A_of, Options
 from .layout import ProjectionLayout
 from .norm import GatedRMSNorm
+from .ranks import share_of_state, spread, total
 
 
 class Mamba2(nn.Module):
@@ -34,7 +36,9 @@ class Mamba2(nn.Module):
     dt_limit          bounds of softplus(dt + dt_bias)
     A_init_range      A = -exp(A_log) starts uniform in -A_init_range
     dt_min, dt_max    softplus(dt_bias) starts log-uniform between them, at dt_init_floor or above
-    process_group     ranks that would share heads and groups (paper, 8.1): one rank as yet
+    process_group     ranks that share heads and groups (paper, 8.1), whose numbers they divide.
+                      Every rank is given the same u and has the same result; weights are those of
+                      its share: see load_share
 
     Source: paper, section 7; initial values as in its code's defaults (appendix D).
     """
@@ -47,44 +51,52 @@ class Mamba2(nn.Module):
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        if process_group is not None and dist.get_world_size(process_group) > 1:
-            raise NotImplementedError("Mamba2: process_group must hold one rank")
         if expand * d_model % headdim:
             raise ValueError(f"expand * d_model ({expand * d_model}) % headdim ({headdim}) != 0")
         heads = int(expand * d_model) // headdim
         if heads % ngroups:
             raise ValueError(f"number of heads ({heads}) % ngroups ({ngroups}) != 0")
         self.process_group = process_group
-        self.layout = layout = ProjectionLayout(heads, headdim, ngroups, d_state)
+        self.ranks = 1 if process_group is None else dist.get_world_size(process_group)
+        norm_groups = norm_groups or ngroups
+        if norm_groups % self.ranks:
+            raise ValueError(f"norm_groups ({norm_groups}) % number of ranks ({self.ranks}) != 0")
+        self.whole_layout = ProjectionLayout(heads, headdim, ngroups, d_state)
+        self.layout = layout = self.whole_layout.share(self.ranks)
         self.dt_limit, self.D_has_hdim = tuple(dt_limit), D_has_hdim
         made = dict(device=device, dtype=dtype)
 
         self.in_proj = nn.Linear(d_model, layout.width, bias=bias, **made)
         self.conv1d = CausalConv1d(layout.conv_channels, d_conv, bias=conv_bias, **made)
-        dt = torch.rand(heads, device=device) * (math.log(dt_max) - math.log(dt_min))
+        dt = torch.rand(layout.heads, device=device) * (math.log(dt_max) - math.log(dt_min))
         dt = (dt + math.log(dt_min)).exp().clamp(min=dt_init_floor)
         inverse_softplus = dt + torch.log(-torch.expm1(-dt))
         self.dt_bias = nn.Parameter(inverse_softplus.to(dtype))
-        A = torch.empty(heads, device=device).uniform_(*A_init_range)
+        A = torch.empty(layout.heads, device=device).uniform_(*A_init_range)
         self.A_log = nn.Parameter(A.log().to(dtype))
-        self.D = nn.Parameter(torch.ones(layout.d_inner if D_has_hdim else heads, **made))
+        self.D = nn.Parameter(torch.ones(layout.d_inner if D_has_hdim else layout.heads, **made))
         self.norm = None
-        group_size = layout.d_inner // (norm_groups or ngroups)
+        group_size = self.whole_layout.d_inner // norm_groups
         self.options = Options(layout, self.dt_limit, norm_eps, group_size, norm_before_gate)
         if rmsnorm:
             self.norm = GatedRMSNorm(layout.d_inner, group_size, norm_before_gate, norm_eps, **made)
         self.out_proj = nn.Linear(layout.d_inner, d_model, bias=bias, **made)
+        if bias and self.ranks > 1:
+            nn.init.zeros_(self.out_proj.bias)  # the one parameter that all ranks have whole
 
     def forward(self, u, tokens=None, cache=None):
         """u (b, l, d_model); tokens says what is packed or padded; cache is read and moved on."""
         cu_seqlens = None if tokens is None else tokens.cu_seqlens
         real = None if tokens is None else tokens.real()
-        zxBCdt = self.in_proj(u)
+        zxBCdt = self.in_proj(u if self.ranks == 1 else spread(u, self.process_group))
         if cache is None and real is None:
             y = self.whole(zxBCdt, cu_seqlens)
         else:
             y = self.in_parts(zxBCdt, real, cache)
-        return self.out_proj(y)
+        if self.ranks == 1:
+            return self.out_proj(y)
+        out = total(F.linear(y, self.out_proj.weight), self.process_group)
+        return out if self.out_proj.bias is None else out + self.out_proj.bias
 
     def whole(self, zxBCdt, cu_seqlens):
         """All between the projections, where nothing comes before and nothing is padding."""
@@ -133,6 +145,11 @@ class Mamba2(nn.Module):
             dt_softplus=True,
             dt_limit=self.dt_limit,
         )
+
+    def load_share(self, state):
+        """Loads this rank's share out of the state dict of the whole mixer, that of one rank."""
+        rank = dist.get_rank(self.process_group)
+        self.load_state_dict(share_of_state(state, self.whole_layout, rank, self.ranks))
 
     def allocate_cache(self, batch, max_length=None, dtype=None, state_dtype=None):
         """An empty cache; max_length is for layers whose memory grows, which this one's does not.
