@@ -8,6 +8,7 @@ import torch
 from examples.mqar import __main__ as mqar
 from examples.mqar.models import MIXERS, Recall
 from examples.mqar.task import draw, pairs_at
+from examples.mqar.train import accuracy
 
 L, PAIRS, VOCAB = 32, 8, 40
 SMALL = f"--length {L} --vocab {VOCAB} --batch 4 --steps 4 --device cpu".split()
@@ -29,7 +30,7 @@ def test_every_key_is_asked_for_once_and_its_value_is_the_answer():
 
 
 def test_the_curriculum_goes_from_few_pairs_to_a_quarter():
-    pairs = [pairs_at(step, 100, 256) for step in range(100)]
+    pairs = [pairs_at(step / 100, 256) for step in range(100)]
     assert pairs[::25] == [8, 16, 32, 64] and pairs == sorted(pairs) and pairs[-1] == 64
 
 
@@ -59,7 +60,7 @@ def test_accuracy_is_the_share_of_right_answers(wrong):
             answers[:, :wrong] = 0  # a key, never a value
             return torch.nn.functional.one_hot(answers, VOCAB).float()
 
-    assert mqar.accuracy(Oracle(), mqar.parse(SMALL)) == 1 - wrong / PAIRS
+    assert accuracy(Oracle(), mqar.parse(SMALL)) == 1 - wrong / PAIRS
 
 
 def test_a_run_leaves_rows_a_table_and_a_plot(tmp_path):
@@ -69,7 +70,25 @@ def test_a_run_leaves_rows_a_table_and_a_plot(tmp_path):
     rows = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["mixer"] for row in rows] == ["mamba2", "attention"]
     assert (
-        f"| mamba2 | 8 | 16 | {rows[0]['accuracy']:.3f} | 4 x 4 |"
+        f"| mamba2 | 8 | 16 | {rows[0]['accuracy']:.3f} | 0.00 M | 1.0e-02 |"
         in (tmp_path / "table.md").read_text()
     )
     assert (tmp_path / "mqar.png").stat().st_size > 0
+
+
+def test_a_run_ends_when_its_time_is_over(tmp_path):
+    command = ["--mixer", "mamba1", "--d-model", "16", "--budget-seconds", "0.5", "--steps", "1"]
+    assert mqar.main([*SMALL, *command, "--rates", "1e-3", "1e-2", "--out", str(tmp_path)]) == 0
+    (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["steps"] >= 20 and row["seconds"] < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MIXERS)
+def test_captured_steps_train(kind, cuda, tmp_path):
+    """Few keys and pairs are learnt in moments: every draw of a graph is another."""
+    command = f"--mixer {kind} --d-model 64 --d-state 16 --length {L} --vocab {VOCAB} --batch 64"
+    command += f" --steps 400 --rates 3e-3 --device {cuda} --out {tmp_path}"
+    assert mqar.main(command.split()) == 0
+    (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["accuracy"] > 3 / (VOCAB // 2)

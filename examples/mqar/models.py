@@ -35,7 +35,7 @@ class Mamba1(nn.Module):
         dt, B, C = self.x_proj(x).split([self.rank, self.n, self.n], dim=-1)
         y = selective_scan(
             x, self.dt_proj(dt), -self.A_log.exp(), B, C,
-            D=self.D, z=z, dt_bias=self.dt_bias, dt_softplus=True,
+            D=self.D, z=z, dt_bias=self.dt_bias, dt_softplus=True, form="recurrent",
         )  # fmt: skip
         return self.out_proj(y)
 

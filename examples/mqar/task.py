@@ -12,17 +12,18 @@ import torch
 PAIRS_OF_STAGES = (32, 16, 8, 4)  # the curriculum: l / 32 pairs first, l / 4 last
 
 
-def draw(batch, l, pairs, vocab, generator=None):
+def draw(batch, l, pairs, vocab, generator=None, device="cpu"):
     """tokens (batch, l), where the queries are (batch, pairs) and their answers (batch, pairs)."""
+    random = dict(generator=generator, device=device)
     if 3 * pairs > l or pairs > vocab // 2:
         raise ValueError(f"{pairs} pairs need {3 * pairs} tokens of {l}, and as many keys")
 
     def distinct(count, below):
-        return torch.rand(batch, below, generator=generator).argsort(1)[:, :count]
+        return torch.rand(batch, below, **random).argsort(1)[:, :count]
 
     keys = distinct(pairs, vocab // 2)
-    values = torch.randint(vocab // 2, vocab, (batch, pairs), generator=generator)
-    tokens = torch.randint(vocab, (batch, l), generator=generator)
+    values = torch.randint(vocab // 2, vocab, (batch, pairs), **random)
+    tokens = torch.randint(vocab, (batch, l), **random)
     tokens[:, 0 : 2 * pairs : 2] = keys
     tokens[:, 1 : 2 * pairs : 2] = values
     queries = 2 * pairs + distinct(pairs, l - 2 * pairs)
@@ -30,7 +31,7 @@ def draw(batch, l, pairs, vocab, generator=None):
     return tokens, queries, values
 
 
-def pairs_at(step, steps, l):
-    """How many pairs a training step has: the curriculum's stages are equally long."""
-    stage = min(len(PAIRS_OF_STAGES) - 1, step * len(PAIRS_OF_STAGES) // steps)
+def pairs_at(progress, l):
+    """How many pairs a training step has, progress (0 .. 1) of the way: stages are equally long."""
+    stage = min(len(PAIRS_OF_STAGES) - 1, int(progress * len(PAIRS_OF_STAGES)))
     return max(1, l // PAIRS_OF_STAGES[stage])

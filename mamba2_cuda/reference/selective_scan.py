@@ -33,12 +33,30 @@ def selective_scan(
 
 
 def linear_recurrence(decay, added):
-    """h_t = decay_t h_{t-1} + added_t along dim 1, one token after another."""
-    states, state = [], torch.zeros_like(added[:, 0]) if added.size(1) else None
-    for decay_t, added_t in zip(decay.unbind(1), added.unbind(1)):
-        state = decay_t * state + added_t
-        states.append(state)
-    return torch.stack(states, 1) if states else added
+    """h_t = decay_t h_{t-1} + added_t along dim 1, one token after another, from h = 0."""
+    return _LinearRecurrence.apply(decay, added)
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    """Backward: g_t = dh_t + decay_{t+1} g_{t+1}, the same recurrence from the end; g_t is the
+    gradient of added_t, and g_t h_{t-1} that of decay_t."""
+
+    @staticmethod
+    def forward(ctx, decay, added):
+        h = added.clone()
+        for t in range(1, h.size(1)):
+            h[:, t].addcmul_(decay[:, t], h[:, t - 1])
+        ctx.save_for_backward(decay, h)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        decay, h = ctx.saved_tensors
+        g = dh.clone()
+        for t in reversed(range(1, g.size(1))):
+            g[:, t - 1].addcmul_(decay[:, t], g[:, t])
+        before = F.pad(h, (0, 0, 0, 0, 1, 0))[:, :-1]
+        return g * before, g
 
 
 def parallel_scan(decay, added):
