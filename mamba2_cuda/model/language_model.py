@@ -3,11 +3,12 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mamba2_cuda.nn import Attention, Block, Cache, Mamba2, MixerCache, RMSNorm, Tokens
+
+from .loss import cross_entropy
 
 
 class Backbone(nn.Module):
@@ -100,7 +101,7 @@ class Mamba2LMHeadModel(nn.Module):
     def loss(self, input_ids, targets, cu_seqlens=None):
         """The mean cross-entropy, in nats, of targets (b, l); a target of -100 does not count."""
         logits = self(input_ids, cu_seqlens=cu_seqlens)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def describe(self, input_ids, cache, pads, cu_seqlens):
         """The Tokens of a forward; refuses what no layer could do right."""
