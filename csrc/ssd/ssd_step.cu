@@ -1,8 +1,9 @@
 // ssd_step: one decoding step of T tokens (see ssd_step.h), the state read and written once.
 //
-// A row of the state (n elements of one p) lies in the registers of kLanes neighbouring threads, 16
-// bytes a thread and vector; y is a sum over those threads. A thread holds kRows rows, whose loads
-// are all in flight before the first is used, and keeps them through all tokens.
+// A row of the state (n elements of one p) lies in the registers of 8 neighbouring threads: what a
+// token costs once a thread (softplus, exponential, addresses) and once a row (the sum over
+// threads, which is y) is spread over up to 64 elements. All of a thread's rows are on their way
+// before the first is used, and stay in registers through all tokens.
 // Grid: (head of a batch entry, kRows * kThreads / kLanes rows). No shared memory.
 // Bound by memory: the state once in and once out; at batch 1 by the latency of one such trip.
 // Rows that are no whole number of 16 bytes, fp64 and rarer pairs of types: ssd_step_any, a warp a
@@ -10,6 +11,7 @@
 // Deterministic; nothing depends on the batch.
 #include "ssd_step.h"
 
+#include "../core/activations.cuh"
 #include "../core/dispatch.cuh"
 #include "../core/launch.h"
 #include "../core/vectors.cuh"
@@ -19,9 +21,7 @@ namespace mamba2::ssd {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerSm =
-    4;  // 128 registers a thread: no spill; at least 32 KB of loads in flight
-constexpr int kVectorsInFlight = 4;
+constexpr int kBlocksPerSm = 4;  // 128 registers a thread: no spill; 64 KB of loads in flight
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <int kLanes, class U>
@@ -55,14 +55,16 @@ MAMBA2_DEVICE int64_t at_token(const Strided& t, int64_t i_b, int i_t, int i_h) 
 
 // ---- rows in vectors ----
 
-template <class S_, class T_, int kLanes_, int kVectors_>
+template <class S_, class T_, int kVectors_>
 struct Layout {
-  using S = S_;  // state
-  using T = T_;  // x, B, C, z, y
-  static constexpr int kLanes = kLanes_, kVectors = kVectors_;
+  using S = S_;                               // state
+  using T = T_;                               // x, B, C, z, y
+  static constexpr int kLanes = 8;            // 128 bytes of a row at a time
+  static constexpr int kVectors = kVectors_;  // of a lane and row
   static constexpr int kColumns = kVectorBytes / static_cast<int>(sizeof(S));  // of a vector
-  static constexpr int kRows = kVectorsInFlight / kVectors;                    // of a thread
-  static constexpr int kGroups = kThreads / kLanes;                            // of threads
+  // Of a thread. B and C of a long row take registers too, most of them in fp32.
+  static constexpr int kRows = kVectors * kColumns <= 16 ? 4 : sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kGroups = kThreads / kLanes;  // of threads
 };
 
 // The rows of one thread: row r of them is row i_p(r) of the head.
@@ -77,6 +79,9 @@ struct Rows {
         first(blockIdx.y * (L::kRows * L::kGroups) + threadIdx.x / L::kLanes) {}
   MAMBA2_DEVICE int i_p(int r) const { return first + r * L::kGroups; }
   MAMBA2_DEVICE int column(int v) const { return (v * L::kLanes + lane) * kColumns; }
+  // The row whose y this thread writes; L::kRows or more: none.
+  MAMBA2_DEVICE bool has_own(int p) const { return lane < L::kRows && i_p(lane) < p; }
+  MAMBA2_DEVICE int own() const { return i_p(lane); }
 
   using PackedRows = Packed<typename L::S, kColumns>[L::kRows][L::kVectors];
   MAMBA2_DEVICE void load(const typename L::S* g_state, int p, int n, PackedRows& packed) const {
@@ -112,11 +117,11 @@ template <class L>
 struct Token {
   using T = typename L::T;
   Packed<T, L::kColumns> B[L::kVectors], C[L::kVectors];
-  T x[L::kRows], z[L::kRows];
+  T x[L::kRows], z;  // z of the row whose y the thread writes
   TokenWeights<float> weights;
 
   MAMBA2_DEVICE void load(const Rows<L>& rows, const Inputs& in, int64_t i_b, int i_t, int i_h) {
-    const int i_g = i_h / in.shape.heads_per_group();
+    const int i_g = i_h / in.shape.heads_per_group(), p = in.shape.p;
     const T* g_B = static_cast<const T*>(in.B.ptr) + at_token(in.B, i_b, i_t, i_g);
     const T* g_C = static_cast<const T*>(in.C.ptr) + at_token(in.C, i_b, i_t, i_g);
     MAMBA2_UNROLL
@@ -132,25 +137,23 @@ struct Token {
     const T* g_z = static_cast<const T*>(in.z.ptr) + at_token(in.z, i_b, i_t, i_h);
     MAMBA2_UNROLL
     for (int r = 0; r < L::kRows; ++r) {
-      const int i_p = rows.i_p(r);
-      x[r] = i_p < in.shape.p ? g_x[i_p] : convert<T>(0.f);
-      z[r] = in.z && i_p < in.shape.p ? g_z[i_p] : convert<T>(0.f);
+      x[r] = rows.i_p(r) < p ? g_x[rows.i_p(r)] : convert<T>(0.f);
     }
+    z = in.z && rows.has_own(p) ? g_z[rows.own()] : convert<T>(0.f);
     weights = weights_of<float>(in, i_b, i_t, i_h);
   }
 };
 
-// The state becomes the token's; y (kRows) of this thread's rows, of which lane r writes row r.
+// The state becomes the token's; y of the thread's own row, D the skip weight there.
 template <class L>
-MAMBA2_DEVICE void step_token(Rows<L>& rows, const Token<L>& token, const float (&D)[L::kRows],
-                              bool has_z, int p, typename L::T* g_y) {
-  using T = typename L::T;
+MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, float D, bool has_z) {
   float B[L::kVectors][L::kColumns], C[L::kVectors][L::kColumns];
   MAMBA2_UNROLL
   for (int v = 0; v < L::kVectors; ++v) {
     token.B[v].unpack(B[v]);
     token.C[v].unpack(C[v]);
   }
+  float own_y = 0, own_x = 0;
   MAMBA2_UNROLL
   for (int r = 0; r < L::kRows; ++r) {
     const float x = convert<float>(token.x[r]), delta_x = token.weights.delta * x;
@@ -163,10 +166,12 @@ MAMBA2_DEVICE void step_token(Rows<L>& rows, const Token<L>& token, const float 
         y += rows.H[r][v][k] * C[v][k];
       }
     }
-    y = sum_over_lanes<L::kLanes>(y) + D[r] * x;
-    if (has_z) y *= silu(convert<float>(token.z[r]));
-    if (rows.lane == r && rows.i_p(r) < p) g_y[rows.i_p(r)] = convert<T>(y);
+    y = sum_over_lanes<L::kLanes>(y);
+    own_y = rows.lane == r ? y : own_y;
+    own_x = rows.lane == r ? x : own_x;
   }
+  const float y = own_y + D * own_x;
+  return has_z ? y * fast::silu(convert<float>(token.z)) : y;
 }
 
 template <class L>
@@ -182,30 +187,26 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
   S* g_state = static_cast<S*>(params.state) + head;
 
   Rows<L> rows;
+  const bool has_own = rows.has_own(shape.p);
+  const int64_t token_y = int64_t(shape.h) * shape.p;
+  T* g_y = static_cast<T*>(params.y) + i_b * shape.l * token_y + i_h * shape.p + rows.own();
   if (slots.source < 0) {  // padding: y = 0
     for (int i_t = 0; i_t < shape.l; ++i_t) {
-      T* g_y = static_cast<T*>(params.y) + ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p;
-      for (int r = 0; r < L::kRows; ++r) {
-        if (rows.lane == r && rows.i_p(r) < shape.p) g_y[rows.i_p(r)] = convert<T>(0.f);
-      }
+      if (has_own) g_y[i_t * token_y] = convert<T>(0.f);
     }
     return;
   }
   // The state and the first token are on their way together.
   typename Rows<L>::PackedRows packed;
   rows.load(g_state + slots.source * params.slot_stride, shape.p, shape.n, packed);
-  float D[L::kRows];
-  MAMBA2_UNROLL
-  for (int r = 0; r < L::kRows; ++r) {
-    D[r] = rows.i_p(r) < shape.p ? skip_weight<float>(params.in, i_h, rows.i_p(r)) : 0.f;
-  }
   Token<L> token;
   if (shape.l > 0) token.load(rows, params.in, i_b, 0, i_h);
+  const float D = has_own ? skip_weight<float>(params.in, i_h, rows.own()) : 0.f;
   rows.unpack(packed);
   MAMBA2_NO_UNROLL
   for (int i_t = 0; i_t < shape.l; ++i_t) {
-    T* g_y = static_cast<T*>(params.y) + ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p;
-    step_token(rows, token, D, static_cast<bool>(params.in.z), shape.p, g_y);
+    const float y = step_token(rows, token, D, static_cast<bool>(params.in.z));
+    if (has_own) g_y[i_t * token_y] = convert<T>(y);
     if (i_t + 1 < shape.l) token.load(rows, params.in, i_b, i_t + 1, i_h);
   }
   if (slots.target >= 0) {
@@ -223,16 +224,16 @@ int run_vectors(const StepParams& params, void* stream) {
   return launch(ssd_step_vectors<L>, at, stream, params);
 }
 
-// Lanes as many as a row of the state has vectors.
 template <class S, class T>
 int run_vectors(const StepParams& params, void* stream) {
-  const int vectors = ceil_div(params.in.shape.n * static_cast<int>(sizeof(S)), kVectorBytes);
-  if (vectors <= 8) return run_vectors<Layout<S, T, 8, 1>>(params, stream);
-  if (vectors <= 16) return run_vectors<Layout<S, T, 16, 1>>(params, stream);
-  if constexpr (sizeof(S) == 4) {  // n <= 256: rows of 16-bit states have 32 vectors at most
-    if (vectors > 32) return run_vectors<Layout<S, T, 32, 2>>(params, stream);
+  constexpr int kLaneBytes = Layout<S, T, 1>::kLanes * kVectorBytes;
+  const int vectors = ceil_div(params.in.shape.n * static_cast<int>(sizeof(S)), kLaneBytes);
+  if (vectors <= 1) return run_vectors<Layout<S, T, 1>>(params, stream);
+  if (vectors <= 2) return run_vectors<Layout<S, T, 2>>(params, stream);
+  if constexpr (sizeof(S) == 4) {  // n <= 256: rows of 16-bit states have 4 vectors a lane at most
+    if (vectors > 4) return run_vectors<Layout<S, T, 8>>(params, stream);
   }
-  return run_vectors<Layout<S, T, 32, 1>>(params, stream);
+  return run_vectors<Layout<S, T, 4>>(params, stream);
 }
 
 // ---- any sizes, any types ----
