@@ -14,11 +14,14 @@ template <class U>
 MAMBA2_DEVICE U silu(U v) {
   return v * sigmoid(v);
 }
-// d silu / dv
+// d silu / dv, s being sigmoid(v)
+template <class U>
+MAMBA2_DEVICE U silu_gradient(U v, U s) {
+  return s * (U(1) + v * (U(1) - s));
+}
 template <class U>
 MAMBA2_DEVICE U silu_gradient(U v) {
-  const U s = sigmoid(v);
-  return s * (U(1) + v * (U(1) - s));
+  return silu_gradient(v, sigmoid(v));
 }
 
 }  // namespace mamba2::fast

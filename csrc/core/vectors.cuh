@@ -93,6 +93,22 @@ struct Packed {
   }
 };
 
+// Elements at .. at + kCount - 1 of an array whose dtype is known at run time only: it is looked at
+// once, and no alignment is asked for.
+template <int kCount, class U>
+MAMBA2_DEVICE void load_any(const AnyFloat& from, int64_t at, U (&to)[kCount]) {
+  const auto load_as = [&](auto zero) {
+    using T = decltype(zero);
+    const T* elements = static_cast<const T*>(from.ptr) + at;
+    MAMBA2_UNROLL
+    for (int i = 0; i < kCount; ++i) to[i] = convert<U>(elements[i]);
+  };
+  if (from.dtype == DType::f32) return load_as(float());
+  if (from.dtype == DType::bf16) return load_as(bf16());
+  if (from.dtype == DType::f16) return load_as(f16());
+  load_as(double());
+}
+
 template <class T, int kCount, class U>
 MAMBA2_DEVICE void load_vector(const T* from, U (&to)[kCount]) {
   Packed<T, kCount> packed;

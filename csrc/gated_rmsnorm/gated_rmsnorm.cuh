@@ -1,13 +1,16 @@
-// What the norm's kernels share: which rows and channels a block has, sums over a block.
+// What the norm's kernels share: which rows and channels a block has, how rows come to it, sums
+// over a block.
 //
-// A block takes one group of channels and some consecutive rows (tokens). In vectors: a thread
-// holds kVectors x 16 bytes of a row's group, whose next row is on its way while this one is
-// reduced; the weights lie in shared memory, each thread's own.
+// A block takes one group of channels and a run of rows (tokens); all blocks of a grid are on the
+// card at the same time and end together. In vectors: a thread holds kVectors x 16 bytes of a row's
+// group, their weights and what it sums over rows in registers; the next row is on its way into
+// shared memory while this one is reduced. A thread reads there what it copied itself.
 #pragma once
 #include "../core/activations.cuh"
 #include "../core/dispatch.cuh"
 #include "../core/launch.h"
 #include "../core/vectors.cuh"
+#include "../ptx/sm80.cuh"
 #include "formulas.cuh"
 #include "gated_rmsnorm.h"
 
@@ -20,6 +23,8 @@ constexpr int kMaxVectors = 4;
 constexpr int max_threads(int vectors) { return vectors == 4 ? 352 : vectors == 3 ? 224 : 256; }
 constexpr int min_blocks(int vectors) { return vectors == 4 ? 1 : 2; }
 constexpr int kAnyThreads = 256;
+constexpr int kMaxWarps = 12;
+constexpr int kSms = 132;  // of an H100 or H200, whatever the card: results must not depend on it
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // A block's share of the rows.
@@ -33,13 +38,30 @@ MAMBA2_DEVICE RowRange rows_of_block(const Inputs& in, int rows_per_block) {
   const int64_t last = first + rows_per_block;
   return {static_cast<int>(blockIdx.x % groups), part, first, last < rows ? last : rows};
 }
-MAMBA2_DEVICE int64_t at_row(int64_t b, int64_t l, const Inputs& in, int64_t row) {
-  return row / in.l * b + row % in.l * l;
-}
+// Where a row lies, found from the row before it without a division.
+struct RowCursor {
+  int64_t i_b, i_l;
+
+  MAMBA2_DEVICE RowCursor(const Inputs& in, int64_t row) : i_b(row / in.l), i_l(row % in.l) {}
+  MAMBA2_DEVICE void advance(const Inputs& in) {
+    if (++i_l < in.l) return;
+    i_l = 0;
+    ++i_b;
+  }
+  MAMBA2_DEVICE int64_t at(int64_t b, int64_t l) const { return i_b * b + i_l * l; }
+};
 
 template <class U>
-struct Sums {
-  U of[2][2][32];  // (parity of the row, which sum, warp)
+struct alignas(16) Sums {
+  U of[2][2][kMaxWarps];  // (parity of the row, which sum, warp)
+
+  // For warps that the block does not have; seen by others at the next barrier.
+  MAMBA2_DEVICE void clear_missing() {
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    for (int i = threadIdx.x; i < 4 * kMaxWarps; i += static_cast<int>(blockDim.x)) {
+      if (i % kMaxWarps >= warps) of[i / kMaxWarps / 2][i / kMaxWarps % 2][i % kMaxWarps] = 0;
+    }
+  }
 };
 
 // Sums over the block of kCount values a thread, in a fixed order. Rows take turns with two
@@ -48,56 +70,74 @@ template <int kCount, class U>
 MAMBA2_DEVICE void sum_over_block(U (&v)[kCount], Sums<U>& sums, int parity) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   MAMBA2_UNROLL
-  for (int i = 0; i < kCount; ++i) {
+  for (int step = 16; step > 0; step /= 2) {
     MAMBA2_UNROLL
-    for (int step = 16; step > 0; step /= 2) v[i] += __shfl_xor_sync(kAllLanes, v[i], step);
+    for (int i = 0; i < kCount; ++i) v[i] += __shfl_xor_sync(kAllLanes, v[i], step);
+  }
+  MAMBA2_UNROLL
+  for (int i = 0; i < kCount; ++i) {
     if (lane == 0) sums.of[parity][i][warp] = v[i];
   }
   __syncthreads();
   MAMBA2_UNROLL
   for (int i = 0; i < kCount; ++i) {
     U sum = 0;
-    for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) sum += sums.of[parity][i][w];
+    MAMBA2_UNROLL
+    for (int w = 0; w < kMaxWarps; ++w) sum += sums.of[parity][i][w];
     v[i] = sum;
   }
 }
 
 template <class U>
-MAMBA2_DEVICE U inverse_rms(U sum_of_squares, const Inputs& in) {
-  return U(1) / U(sqrt(sum_of_squares / U(in.s) + U(in.eps)));
-}
-template <class U>
-MAMBA2_DEVICE Gate<U> gate_of_z(const Inputs& in, U z) {
-  return gate_of(fast::silu(z), fast::silu_gradient(z), in.z.ptr != nullptr, in.norm_before_gate);
+MAMBA2_DEVICE U inverse_rms(U sum_of_squares, U inverse_s, const Inputs& in) {
+  return U(1) / U(sqrt(sum_of_squares * inverse_s + U(in.eps)));
 }
 
 // The vectors of one thread.
 template <class T, int kVectors>
 struct Columns {
   static constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
-  using Row = Packed<T, kVec>[kVectors];
   int first, s;  // the group's first channel, and its channels
 
   MAMBA2_DEVICE int at(int v) const {
     return static_cast<int>(v * blockDim.x + threadIdx.x) * kVec;
   }
   MAMBA2_DEVICE bool has(int v) const { return at(v) < s; }
-  MAMBA2_DEVICE void load(const void* ptr, int64_t row_at, Row& row) const {
-    const T* g_row = static_cast<const T*>(ptr) + row_at + first;
+  MAMBA2_DEVICE void load(const AnyFloat& from, float (&to)[kVectors][kVec]) const {
     MAMBA2_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      row[v].zero();
-      if (has(v)) row[v].load(g_row + at(v));
+      MAMBA2_UNROLL
+      for (int c = 0; c < kVec; ++c) to[v][c] = 0;
+      if (has(v)) load_any(from, first + at(v), to[v]);
     }
   }
-  // The thread's own weights: nobody waits for them.
-  MAMBA2_DEVICE void load_weights(const AnyFloat& weight, float* s_weight) const {
+};
+
+// A thread's vectors of kArrays arrays, of this row and the next.
+template <class T, int kVectors, int kArrays>
+struct Ring {
+  using C = Columns<T, kVectors>;
+  using Vector = Packed<T, C::kVec>;
+  static constexpr int kRows = 2;
+  char* s_vectors;  // (kRows, kArrays, kVectors, threads) 16 bytes
+
+  static constexpr std::size_t bytes(int threads) {
+    return std::size_t(kRows) * kArrays * kVectors * threads * kVectorBytes;
+  }
+  MAMBA2_DEVICE char* at(int64_t row, int array, int v) const {
+    const int which = (static_cast<int>(row % kRows) * kArrays + array) * kVectors + v;
+    return s_vectors + static_cast<int>(which * blockDim.x + threadIdx.x) * kVectorBytes;
+  }
+  MAMBA2_DEVICE void load(int64_t row, int array, const void* ptr, int64_t row_at,
+                          const C& columns) const {
+    const T* g_row = static_cast<const T*>(ptr) + row_at + columns.first;
+    MAMBA2_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      if (!has(v)) continue;
-      for (int c = 0; c < kVec; ++c) {
-        s_weight[at(v) + c] = mamba2::load<float>(weight, first + at(v) + c);
-      }
+      ptx::cp_async_16(at(row, array, v), g_row + columns.at(v), columns.has(v));
     }
+  }
+  MAMBA2_DEVICE void read(int64_t row, int array, int v, float (&to)[C::kVec]) const {
+    load_vector(reinterpret_cast<const T*>(at(row, array, v)), to);
   }
 };
 
@@ -116,6 +156,17 @@ inline BlockShape block_shape(const Inputs& in) {
   }
   return {};
 }
+// So many that the card runs all blocks at once.
+inline int rows_per_block(const Inputs& in) {
+  const BlockShape shape = block_shape(in);
+  int64_t blocks = 4 * kSms;
+  if (shape.threads > 0) {
+    blocks = kSms * min_blocks(shape.vectors) * (max_threads(shape.vectors) / shape.threads);
+  }
+  const int64_t rows = ceil_div(in.b * in.l * (in.d / in.s), blocks);
+  return rows > 0 ? static_cast<int>(rows) : 1;
+}
+inline int64_t parts_of(const Inputs& in) { return ceil_div(in.b * in.l, rows_per_block(in)); }
 
 // f(TypeTag<T>{}, vectors) for the vectors of a thread at compile time.
 template <class F>

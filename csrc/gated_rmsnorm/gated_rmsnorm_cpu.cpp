@@ -39,56 +39,55 @@ void store_row(const RowsOut& to, const Inputs& in, int64_t row, const std::vect
   cpu::store_rows(in.dtype, row_of(to.ptr, to.b, to.l, in, row), 0, 1, in.d, from.data(), 0);
 }
 
-template <class T>
-Gate<T> gate_at(const Inputs& in, T z) {
-  const bool has_z = in.z.ptr != nullptr;
-  return gate_of(has_z ? ssd::silu(z) : T(0), has_z ? ssd::silu_gradient(z) : T(0), has_z,
-                 in.norm_before_gate);
+template <GateKind kGate, class T>
+T silu_of(T z) {
+  return kGate == GateKind::none ? T(1) : ssd::silu(z);
 }
 
 // 1 / sqrt(mean of v^2 + eps) of the group that begins at channel `first`.
-template <class T>
+template <GateKind kGate, class T>
 T norm_of(const Inputs& in, const Scratch<T>& s, int first) {
   double sum = 0;  // one long sum, whose rounding every channel would share
   for (int i = first; i < first + in.s; ++i) {
-    const T v = s.x[i] * gate_at(in, s.z[i]).inside;
+    const T v = gated<kGate>(s.x[i], silu_of<kGate>(s.z[i]));
     sum += double(v) * v;
   }
   return static_cast<T>(1 / std::sqrt(sum / in.s + in.eps));
 }
 
-template <class T>
+template <GateKind kGate, class T>
 void forward_row(const ForwardParams& params, int64_t row, Scratch<T>& s) {
   const Inputs& in = params.in;
   load_row(in.x, in, row, s.x);
   load_row(in.z, in, row, s.z);
   for (int first = 0; first < in.d; first += in.s) {
-    const T r = norm_of(in, s, first);
+    const T r = norm_of<kGate>(in, s, first);
     for (int i = first; i < first + in.s; ++i) {
-      const Gate<T> gate = gate_at(in, s.z[i]);
-      s.out[i] = s.x[i] * gate.inside * r * s.weight[i] * gate.outside;
+      const T gate = silu_of<kGate>(s.z[i]);
+      s.out[i] = output_of<kGate>(gated<kGate>(s.x[i], gate), s.weight[i], gate, r);
     }
   }
   store_row(params.y, in, row, s.out);
 }
 
-template <class T>
+template <GateKind kGate, class T>
 void backward_row(const BackwardParams& params, int64_t row, Scratch<T>& s, double* dweight) {
   const Inputs& in = params.in;
   load_row(in.x, in, row, s.x);
   load_row(in.z, in, row, s.z);
   load_row(params.dy, in, row, s.dy);
   for (int first = 0; first < in.d; first += in.s) {
-    const T r = norm_of(in, s, first);
+    const T r = norm_of<kGate>(in, s, first);
     double sum = 0;
     for (int i = first; i < first + in.s; ++i) {
-      const Gate<T> gate = gate_at(in, s.z[i]);
-      sum += s.dy[i] * gate.outside * s.weight[i] * s.x[i] * gate.inside;
+      const T gate = silu_of<kGate>(s.z[i]);
+      sum += normed_gradient<kGate>(s.dy[i], s.weight[i], gate) * gated<kGate>(s.x[i], gate);
     }
     const T projection = static_cast<T>(sum * r / in.s);
     for (int i = first; i < first + in.s; ++i) {
-      const Gate<T> gate = gate_at(in, s.z[i]);
-      const auto g = gradients_of(s.x[i], s.dy[i], s.weight[i], gate, r, projection);
+      Gate<T> gate;
+      if (kGate != GateKind::none) gate = {ssd::silu(s.z[i]), ssd::silu_gradient(s.z[i])};
+      const auto g = gradients_of<kGate>(s.x[i], s.dy[i], s.weight[i], gate, r, projection);
       s.out[i] = g.dx;
       s.dz[i] = g.dz;
       dweight[i] += g.dweight;
@@ -98,19 +97,19 @@ void backward_row(const BackwardParams& params, int64_t row, Scratch<T>& s, doub
   store_row(params.dz, in, row, s.dz);
 }
 
-template <class T>
+template <GateKind kGate, class T>
 void forward_as(const ForwardParams& params) {
   const int64_t rows = params.in.b * params.in.l;
   cpu::parallel_tasks((rows + kRows - 1) / kRows, [&] { return Scratch<T>(params.in); },
                       [&](int64_t task, Scratch<T>& scratch) {
                         for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows);
                              ++row) {
-                          forward_row(params, row, scratch);
+                          forward_row<kGate>(params, row, scratch);
                         }
                       });
 }
 
-template <class T>
+template <GateKind kGate, class T>
 void backward_as(const BackwardParams& params) {
   const Inputs& in = params.in;
   const int64_t rows = in.b * in.l, tasks = (rows + kRows - 1) / kRows;
@@ -119,7 +118,7 @@ void backward_as(const BackwardParams& params) {
       tasks, [&] { return Scratch<T>(in); },
       [&](int64_t task, Scratch<T>& scratch) {
         for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
-          backward_row(params, row, scratch, parts.data() + task * in.d);
+          backward_row<kGate>(params, row, scratch, parts.data() + task * in.d);
         }
       });
   for (int i = 0; i < in.d; ++i) {
@@ -129,11 +128,19 @@ void backward_as(const BackwardParams& params) {
   }
 }
 
+// f(gate, zero): where the gate is, and a number of the type the arithmetic runs in.
+template <class F>
+void with_gate_and_type(const Inputs& in, F f) {
+  with_gate(in.z.ptr != nullptr, in.norm_before_gate,
+            [&](auto gate) { in.dtype == DType::f64 ? f(gate, double(0)) : f(gate, float(0)); });
+}
+
 Tensor norm_forward(Tensor x, Tensor weight, OptionalTensor z, double eps, int64_t group_size,
                     bool norm_before_gate) {
   const ForwardCall call = prepare_forward({x, weight, z, eps, group_size, norm_before_gate});
-  call.params.in.dtype == DType::f64 ? forward_as<double>(call.params)
-                                     : forward_as<float>(call.params);
+  with_gate_and_type(call.params.in, [&](auto gate, auto zero) {
+    forward_as<gate(), decltype(zero)>(call.params);
+  });
   return call.y;
 }
 
@@ -142,8 +149,9 @@ BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor 
                              OptionalTensor dz) {
   BackwardCall call =
       prepare_backward(dy, {x, weight, z, eps, group_size, norm_before_gate}, dx, dz);
-  call.params.in.dtype == DType::f64 ? backward_as<double>(call.params)
-                                     : backward_as<float>(call.params);
+  with_gate_and_type(call.params.in, [&](auto gate, auto zero) {
+    backward_as<gate(), decltype(zero)>(call.params);
+  });
   call.finish();
   return {call.dx, call.dweight, call.dz};
 }
