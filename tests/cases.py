@@ -100,6 +100,31 @@ def make_gradients(case, device="cpu"):
     return dy.to(device), d_final.to(device) if c.d_final_states else None
 
 
+# ---- extreme steps and decays (delta = 0: nothing enters; A = -1e4: nothing is left)
+
+# dt in fp32, for d_dt is of the size of A, which fp16 does not hold.
+STEEP = Case(h=6, n=32, p=32, dt_dtype=torch.float32, initial_states="working")
+
+
+def extreme_steps(A, delta, mixed, dtype, device="cpu"):
+    """Inputs, dy and d_final_states: every token with this delta, or every second one."""
+    case = replace(STEEP, l=150, dtype=dtype, dt_softplus=False)
+    inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
+    inputs["dt"][:, :: 2 if mixed else 1] = delta
+    inputs["A"][:] = A
+    return inputs, dy, d_final
+
+
+def steep_and_flat_heads(dtype, device="cpu"):
+    """Inputs, dy and d_final_states: one head forgets at once and one never."""
+    case = replace(STEEP, l=300, dtype=dtype, dt_bias=True)
+    inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
+    inputs["A"][:] = torch.tensor([0.0, -1e-6, -1.0, -100.0, -1e4, -1e-3], dtype=inputs["A"].dtype)
+    inputs["dt"][:, ::7] = 100.0
+    inputs["dt"][:, 3::7] = -100.0  # softplus gives 0
+    return inputs, dy, d_final
+
+
 def slices_of_a_projection(inputs):
     """z, x, B, C and dt as slices of one (b, l, width) tensor, NaN in all that is not theirs.
 

@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, case_of, make_gradients, make_inputs, packed, pairwise
+from cases import (
+    Case,
+    case_of,
+    extreme_steps,
+    make_gradients,
+    make_inputs,
+    packed,
+    pairwise,
+    steep_and_flat_heads,
+)
 from common import check, check_inputs, plans, run_ops, run_public, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -92,10 +101,7 @@ def test_any_case(case, device, ops):
         check(run_ops(ops, plan), case, device)
 
 
-# ---- extreme steps and decays (delta = 0: nothing enters; A = -1e4: nothing is left)
-
-# dt in fp32, for d_dt is of the size of A, which fp16 does not hold.
-STEEP = Case(h=6, n=32, p=32, dt_dtype=torch.float32, initial_states="working")
+# ---- extreme steps and decays
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,26 +110,18 @@ STEEP = Case(h=6, n=32, p=32, dt_dtype=torch.float32, initial_states="working")
 def test_extreme_steps(A, delta, dtype, device, ops):
     """Every token so, and tokens so between usual ones."""
     for mixed in (False, True):
-        case = replace(STEEP, l=150, dtype=dtype, dt_softplus=False)
-        inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
-        steps = (slice(None), slice(None, None, 2)) if mixed else (slice(None),)
-        inputs["dt"][:, steps[-1]] = delta
-        inputs["A"][:] = A
+        inputs = extreme_steps(A, delta, mixed, dtype, device)
         for plan in plans(device, dtype):
             what = f"A={A} delta={delta} mixed={mixed} plan={plan}"
-            check_inputs(run_ops(ops, plan), inputs, dy, d_final, what)
+            check_inputs(run_ops(ops, plan), *inputs, what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_steep_and_flat_heads_together(dtype, device, ops):
     """One head forgets at once and one never: a whole chunk's sum would swamp either."""
-    case = replace(STEEP, l=300, dtype=dtype, dt_bias=True)
-    inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
-    inputs["A"][:] = torch.tensor([0.0, -1e-6, -1.0, -100.0, -1e4, -1e-3], dtype=inputs["A"].dtype)
-    inputs["dt"][:, ::7] = 100.0
-    inputs["dt"][:, 3::7] = -100.0  # softplus gives 0
+    inputs = steep_and_flat_heads(dtype, device)
     for plan in plans(device, dtype):
-        check_inputs(run_ops(ops, plan), inputs, dy, d_final, f"plan={plan}")
+        check_inputs(run_ops(ops, plan), *inputs, f"plan={plan}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,8 +6,13 @@
 //
 // grid: (chunk, 16 heads), heads fastest. dt is read along the heads (its contiguous direction) and
 // written along the tokens, turned over in shared memory; a warp then scans one head's tokens, 32
-// at a time. Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a chunk
-// (21 MB at b 8, l 4096, h 80) and by latency when the problem is small.
+// at a time. In chunks of 128 tokens and more the sums are fp64, and what their rounding to fp32
+// loses is an output of its own, for the backward: a token between two resets, or between two
+// tokens that forget all, takes part in the decay gradient with the decay of a pair
+// (docs/numerics.md). Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a
+// chunk (21 MB at b 8, l 4096, h 80) and by latency when the problem is small.
+#include <type_traits>
+
 #include "../core/convert.cuh"
 #include "../core/launch.h"
 #include "../ptx/common.cuh"
@@ -32,6 +37,7 @@ struct CumsumParams {
   int h;
   float* delta;          // (chunks, h, q) out
   float* a_cumsum_log2;  // (chunks, h, q) out
+  float* a_rest_log2;    // (chunks, h, q) out, optional
   WordsToClear clear;
 };
 
@@ -112,20 +118,23 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64 ? 6 : 4)
   load_steps(params, chunk, head_base, shared);
   __syncthreads();
 
+  using Sum = std::conditional_t<q == 64, float, double>;
   const int lane = threadIdx.x % 32;
   for (int head = threadIdx.x / 32; head < kHeads && head_base + head < params.h; head += kWarps) {
     const int64_t out = (static_cast<int64_t>(i_chunk) * params.h + head_base + head) * q;
-    float before = 0.f;
+    Sum before = 0;
     MAMBA2_UNROLL for (int t = lane; t < q; t += 32) {
-      float sum = shared.a[head][t];
+      Sum sum = shared.a[head][t];
       MAMBA2_UNROLL for (int d = 1; d < 32; d *= 2) {
-        const float left = __shfl_up_sync(~0u, sum, d);
+        const Sum left = __shfl_up_sync(~0u, sum, d);
         if (lane >= d) sum += left;
       }
       sum += before;
       before = __shfl_sync(~0u, sum, 31);
       params.delta[out + t] = shared.delta[head][t];
-      params.a_cumsum_log2[out + t] = sum;
+      const float rounded = static_cast<float>(sum);
+      params.a_cumsum_log2[out + t] = rounded;
+      if (params.a_rest_log2) params.a_rest_log2[out + t] = static_cast<float>(sum - rounded);
     }
   }
 }
@@ -142,7 +151,7 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
 }  // namespace
 
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream, const WordsToClear& clear) {
+                 void* stream, const WordsToClear& clear, float* a_rest_log2) {
   const Range range("chunk_cumsum");
   const CumsumParams params{in.dt,
                             in.dt_dtype,
@@ -156,6 +165,7 @@ int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float
                             in.shape.h,
                             delta,
                             a_cumsum_log2,
+                            a_rest_log2,
                             clear};
   const int64_t chunks = in.shape.chunks(chunking.q);
   switch (chunking.q) {

@@ -5,6 +5,7 @@
 //     columns sum_{i>=j} V_ij
 //   F_j / delta_j = 2^(s_q-s_j) x_j.(G B_j)
 //   dCB_ij = sum over heads of L_ij delta_j (dy_i.x_j), rounded once
+// L_ij = 2^(s_i - s_j) with s in two words: between tokens that forget all, s is large and V small.
 //
 // grid: (chunk, group, split of the group's heads); a block runs over the heads of its split with
 // dCB in registers. Blocks of 16 x 16 tokens, on and below the diagonal only: a warp owns 16 tokens
@@ -13,10 +14,10 @@
 // upper and a lower j block: equal work. C B^T, the same for all heads, is computed once and lies
 // in shared memory in fp32, each thread's elements where only it reads them. Three ways to lie in
 // shared memory (p up to 64 but for the last; KB at p 64, n 128):
-//   resident  B and all of G, one or two stages of (x, dy, G): 124 or 174
-//   streamed  64 columns of B and G at a time, loaded again for every head: 100, for small cards
+//   resident  B and all of G, one or two stages of (x, dy, G): 122 or 172
+//   streamed  64 columns of B and G at a time, loaded again for every head: 98, for small cards
 //             and large n
-//   wide      streamed, p up to 128, dx in two slices of 64 channels: 135
+//   wide      streamed, p up to 128, dx in two slices of 64 channels: 132
 // Bound by HBM (x, dy, G read, dx written) and, close behind, by ldmatrix and issue slots.
 #include "../core/launch.h"
 #include "chunk_scan_backward_sm80.cuh"
@@ -56,7 +57,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
       }
       store_dx(dx, shared, stage, params, chunk, rows, at.first_head + i, i_warp, p0);
     }
-    sums.store(shared, rows);
+    sums.store(shared, rows, params, int64_t(at.i_chunk) * params.h + at.first_head + i);
     __syncthreads();
     store_sums(shared, params, at, at.first_head + i);
     start_head(shared, params, at, chunk, i + params.stages);
@@ -103,7 +104,8 @@ int chunk_scan_backward(const BackwardProblem& problem, const ChunkScanBackward&
                           head_splits(shape),
                           1,
                           problem.delta,
-                          problem.a_cumsum_log2};
+                          problem.a_cumsum_log2,
+                          problem.a_rest_log2};
   return problem.dtype == DType::bf16 ? run<bf16>(params, problem.max_smem_bytes, stream)
                                       : run<f16>(params, problem.max_smem_bytes, stream);
 }

@@ -8,11 +8,12 @@ namespace mamba2::ssd::sm80 {
 // This lane's two tokens j of the warp's block.
 struct Rows {
   int first;
-  float s[2], delta[2], to_end[2];
+  float s[2], rest[2], delta[2], to_end[2];
   template <class Stage>
   MAMBA2_DEVICE Rows(const Stage& stage, int block_j) : first(kBlock * block_j) {
     MAMBA2_UNROLL for (int r = 0; r < 2; ++r) {
       s[r] = stage.s[token(r)];
+      rest[r] = stage.rest[token(r)];
       delta[r] = stage.delta[token(r)];
       to_end[r] = ptx::ex2(stage.s[q - 1] - s[r]);
     }
@@ -40,14 +41,15 @@ struct Sums {
     }
   }
   template <class Shared>
-  MAMBA2_DEVICE void store(const Shared& shared, const Rows& rows) const {
+  MAMBA2_DEVICE void store(const Shared& shared, const Rows& rows, const ScanParams& params,
+                           int64_t head) const {
     MAMBA2_UNROLL for (int r = 0; r < 2; ++r) {
       const float b = quad_sum(below[r]), d = quad_sum(diagonal[r]), f = quad_sum(state[r]);
       if (tile::lane() % 4 != 0) continue;
       const int j = rows.token(r);
       shared.small->Q[j] = rows.delta[r] * b;
-      shared.small->columns[j] = b + d;
-      shared.small->to_state[j] = f;
+      params.scan.columns[head * q + j] = b + d;
+      params.scan.to_state[head * q + j] = f;
     }
   }
 };
@@ -136,11 +138,15 @@ MAMBA2_DEVICE void inside_block(float (&dx)[8][4], float (&dCB)[2][4], Sums& sum
   MAMBA2_UNROLL for (int t = 0; t < 2; ++t) {
     const float4 cb4 = CB[32 * t];
     const float cb[4] = {cb4.x, cb4.y, cb4.z, cb4.w};
-    const float* s_i = stage.s + first_i + 8 * t + tile::fragment_col();
+    const int column = first_i + 8 * t + tile::fragment_col();
+    const float2 s_i2 = *reinterpret_cast<const float2*>(stage.s + column);
+    const float2 rest_i2 = *reinterpret_cast<const float2*>(stage.rest + column);
+    const float s_i[2] = {s_i2.x, s_i2.y}, rest_i[2] = {rest_i2.x, rest_i2.y};
     MAMBA2_UNROLL for (int e = 0; e < 4; ++e) {
       const int r = e >> 1, c = e & 1;
       const int i = 8 * t + tile::fragment_col() + c, j = tile::fragment_row() + 8 * r;
-      const float L = on_diagonal && i < j ? 0.f : ptx::ex2(s_i[c] - rows.s[r]);
+      const float log2_L = (s_i[c] - rows.s[r]) + (rest_i[c] - rows.rest[r]);
+      const float L = on_diagonal && i < j ? 0.f : ptx::ex2(log2_L);
       M[t][e] = L * cb[e];
       if (!once) continue;
       const float V = M[t][e] * W[t][e];
@@ -236,8 +242,6 @@ MAMBA2_DEVICE void store_sums(const Shared<Kind>& shared, const ScanParams& para
     float R = 0;
     for (int block_j = 0; block_j <= t / kBlock; ++block_j) R += shared.R_at(block_j, t);
     scan.rows[head * q + t] = R - small.Q[t];
-    scan.columns[head * q + t] = small.columns[t];
-    scan.to_state[head * q + t] = small.to_state[t];
     return;
   }
   const int channel = t - q, channels = scan.D_per_channel ? params.p : 1;

@@ -14,6 +14,7 @@ struct ScanParams {
   int chunks, h, p, g, n, splits, stages;
   const float* delta;          // (chunks, h, q)
   const float* a_cumsum_log2;  // (chunks, h, q)
+  const float* a_rest_log2;    // (chunks, h, q)
 };
 
 // The block's place in the grid.
@@ -50,18 +51,20 @@ struct Stage {
   using T = typename Kind::T;
   Panels<T, q> x, dy;  // (q, p)
   float* s;            // (q) cumulative log2 decay
+  float* rest;         // (q) what s lacks by being fp32
   float* delta;        // (q)
   Panels<T, 64> G;     // (p, n), when resident
 
   static constexpr int kTileBytes = Panels<T, q>::bytes(Kind::kPanelsP);
   static MAMBA2_HD int bytes(int panels_n) {
-    return 2 * kTileBytes + 8 * q + (Kind::kResident ? Panels<T, 64>::bytes(panels_n) : 0);
+    return 2 * kTileBytes + 12 * q + (Kind::kResident ? Panels<T, 64>::bytes(panels_n) : 0);
   }
   MAMBA2_DEVICE explicit Stage(char* base) {
     x.panel = reinterpret_cast<typename Panels<T, q>::Panel*>(base);
     dy.panel = x.panel + Kind::kPanelsP;
     s = reinterpret_cast<float*>(dy.panel + Kind::kPanelsP);
-    delta = s + q;
+    rest = s + q;
+    delta = rest + q;
     G.panel = reinterpret_cast<typename Panels<T, 64>::Panel*>(delta + q);
   }
 };
@@ -72,7 +75,7 @@ struct Shared {
   // A value a token, or a channel and warp.
   struct Small {
     float R[kBlockPairs * kBlock];  // of block j at token i >= 16 j
-    float Q[q], columns[q], to_state[q];
+    float Q[q];
     float dD[kBlocks][Kind::kP];
   };
   int panels_n;
@@ -144,12 +147,13 @@ MAMBA2_DEVICE void start_head(const Shared<Kind>& shared, const ScanParams& para
                                           chunk.count, params.p);
     stage.dy.template copy_async<kThreads>(Kind::kPanelsP, rows_of<T>(scan.dy, chunk, i_h),
                                            scan.dy.l, chunk.count, params.p);
-    const int t = threadIdx.x % q * 4;  // the lower half of the threads for s, the other for delta
-    if (t < q) {
-      const bool second = threadIdx.x >= q;
-      const float* from = second ? params.delta : params.a_cumsum_log2;
+    const int which = threadIdx.x * 4 / q, t = threadIdx.x * 4 % q;  // of three arrays
+    if (which < 3) {
+      const float* from = which == 0   ? params.a_cumsum_log2
+                          : which == 1 ? params.a_rest_log2
+                                       : params.delta;
       const int64_t head = int64_t(at.i_chunk) * params.h + i_h;
-      ptx::cp_async_16((second ? stage.delta : stage.s) + t, from + head * q + t, true);
+      ptx::cp_async_16(stage.s + which * q + t, from + head * q + t, true);
     }
     if (Kind::kResident) start_G(stage.G, params, at, i_h, 0, 0, shared.panels_n);
   }

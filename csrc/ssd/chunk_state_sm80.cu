@@ -1,5 +1,7 @@
 // chunk_state and state_passing in one sweep over the chunks of a sequence:
 //   S_next = 2^s_q S + sum_j x~_j B_j^T,   x~_j = 2^(s_q - s_j) delta_j x_j
+// where q is the end of a step of 64 tokens, half a chunk: weights that lie just below 1 all round
+// one way, and the more so the more tokens they span.
 // writes the state ENTERING each chunk, rounded to the dtype for chunk_scan, and the final state in
 // fp32. S stays in fp32 accumulators from the first token to the last, so that no chunk's own state
 // is ever rounded or stored: at b 8, l 4096, h 80, p 64, n 128 the sweep moves 0.67 GB (x read,
@@ -53,8 +55,8 @@ struct StateTile {
   struct Shared {
     tile::SharedTile<T, kStepTokens, kTileP> x[kStages];
     tile::SharedTile<T, kStepTokens, kTileN> B[kStages];
-    float weight[2][q];  // 2^(s_q - s_j) delta_j of this chunk and the next
-    float decay[2];      // 2^s_q
+    float weight[2][q];              // x~_j / x_j of this chunk and the next
+    float decay[2][kStepsPerChunk];  // of a step
     Work work;
   };
 };
@@ -94,19 +96,22 @@ struct Sweep {
     ptx::cp_async_commit_group();
   }
 
-  // Token threadIdx.x of a chunk: its weight, and the decay of the whole chunk.
+  // Token threadIdx.x of a chunk: delta, and s there, at the end of its step and of the one before.
   struct Weight {
-    float delta = 0.f, s_j = 0.f, s_q = 0.f;
+    float delta = 0.f, s_j = 0.f, s_end = 0.f, s_before = 0.f;
   };
   MAMBA2_DEVICE Weight load_weight(int64_t i_chunk) const {
-    const int64_t at = (i_chunk * params.h + work.i_h) * q, j = threadIdx.x % q;
-    return {params.delta[at + j], params.a_cumsum_log2[at + j], params.a_cumsum_log2[at + q - 1]};
+    const int j = threadIdx.x % q, step = j / kStepTokens * kStepTokens;
+    const float* s = params.a_cumsum_log2 + (i_chunk * params.h + work.i_h) * q;
+    const float* delta = params.delta + (i_chunk * params.h + work.i_h) * q;
+    return {delta[j], s[j], s[step + kStepTokens - 1], step > 0 ? s[step - 1] : 0.f};
   }
   MAMBA2_DEVICE void store_weight(int i_c, const Weight& w) {
-    if (threadIdx.x < q) {
-      shared.weight[i_c % 2][threadIdx.x] = ptx::ex2(w.s_q - w.s_j) * w.delta;
-    }
-    if (threadIdx.x == 0) shared.decay[i_c % 2] = ptx::ex2(w.s_q);
+    const int j = threadIdx.x;
+    if (j >= q) return;
+    shared.weight[i_c % 2][j] = ptx::ex2(w.s_end - w.s_j) * w.delta;
+    if (j % kStepTokens == 0)
+      shared.decay[i_c % 2][j / kStepTokens] = ptx::ex2(w.s_end - w.s_before);
   }
 
   // f(row, column, two accumulators of columns column, column + 1) for all this lane owns.
@@ -224,10 +229,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 
       ptx::cp_async_wait_group<kStages - 2>();
       __syncthreads();  // the step has landed, and the stage of the step before is free
       sweep.load_step(step + kStages - 1);
-      if (half == 0) {
-        sweep.store_entering_state(work.first + i_c);
-        sweep.scale(shared.decay[i_c % 2]);
-      }
+      if (half == 0) sweep.store_entering_state(work.first + i_c);
+      sweep.scale(shared.decay[i_c % 2][half]);
       sweep.accumulate(step % kStages, shared.weight[i_c % 2] + half * kStepTokens);
     }
     if (i_c + 1 < work.chunks) sweep.store_weight(i_c + 1, next);

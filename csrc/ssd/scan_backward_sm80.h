@@ -16,6 +16,7 @@ struct BackwardProblem {
   int chunks = 0;
   const float* delta = nullptr;          // (chunks, h, q)
   const float* a_cumsum_log2 = nullptr;  // (chunks, h, q)
+  const float* a_rest_log2 = nullptr;    // (chunks, h, q)   what a_cumsum_log2 lacks
   int sm_count = 1;
   int max_smem_bytes = 0;  // that a block of this card may have
 };
@@ -26,6 +27,7 @@ struct StateGradients {
   Strided dy;                             // (b, l, h, p)          T
   Strided C;                              // (b, l, g, n)          T
   const void* S = nullptr;                // (chunks, h, p, n)     T
+  const float* initial_states = nullptr;  // (nseq, h, p, n)       optional: S before its rounding
   const float* d_final_states = nullptr;  // (nseq, h, p, n)       optional: zeros
   void* G = nullptr;                      // (chunks, h, p, n)     T, out
   float* K = nullptr;                     // (parts, chunks, h)    out

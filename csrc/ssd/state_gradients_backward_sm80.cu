@@ -3,7 +3,9 @@
 //   G_prev = 2^s_q G + sum_i 2^s_i dy_i C_i^T,   and   K = 2^s_q <G, S>
 // writes the gradient G of the state that LEAVES each chunk, rounded to the dtype, and that of the
 // initial state in fp32. G stays in fp32 accumulators from the last token to the first, and K takes
-// it from there.
+// it from there. K of a sequence's first chunk takes S unrounded too, from initial_states.
+// Weights span 64 tokens, half a chunk: those that lie just below 1 all round one way, and the more
+// so the more tokens they span.
 //
 // grid: (sequence, slice of p, slice of n, head), heads fastest, so that blocks of one group share
 // C in L2. A block owns 64 x kN of G; a warp 16 x 64. sum_i w_i dy_i C_i^T is a product with dy
@@ -18,6 +20,7 @@ namespace mamba2::ssd::sm80 {
 namespace {
 
 constexpr int kP = 64, kWarpN = 64, kTiles = kWarpN / 16, kWarpsP = kP / 16;
+constexpr int kHalf = 64, kHalves = q / kHalf;  // tokens that are weighted together
 
 struct GradientParams {
   StateGradients scan;
@@ -32,9 +35,11 @@ struct GradientShared {
   struct Stage {
     tile::SharedTile<T, q, kP> dy;
     tile::SharedTile<T, q, kN> C;
-    float weight[q];            // 2^s_i
-    float decay;                // 2^s_q
-    float K[kWarpsN][kWarpsP];  // shares of the warps
+    float weight[q];       // 2^(s_i - s), s at the end of the half before
+    float decay[kHalves];  // of a half
+    // Shares of the warps. (A vector load of them is not to touch decay, which another thread may
+    // be writing.)
+    alignas(16) float K[kWarpsN][kWarpsP];
   };
   Stage stage[2];
 };
@@ -86,16 +91,23 @@ MAMBA2_DEVICE void start_chunk(typename GradientShared<T, kN>::Stage& stage,
   tile::copy_async<2 * kN>(stage.C, rows_of<T>(C, chunk, at.i_h / params.heads_per_group) + at.n0,
                            C.l, chunk.count, params.n - at.n0);
 }
-// s_i of token threadIdx.x of the chunk.
-MAMBA2_DEVICE float load_s(const GradientParams& params, const Place& at, int i_chunk) {
-  const int i = threadIdx.x;
-  return i < q ? params.a_cumsum_log2[(int64_t(i_chunk) * params.h + at.i_h) * q + i] : 0.f;
+// Token threadIdx.x of the chunk: s there, and at the end of the half before its own.
+struct Weight {
+  float s = 0.f, s_before = 0.f;
+};
+MAMBA2_DEVICE Weight load_weight(const GradientParams& params, const Place& at, int i_chunk) {
+  const int i = threadIdx.x, half = i / kHalf * kHalf;
+  if (i >= q) return {};
+  const float* s = params.a_cumsum_log2 + (int64_t(i_chunk) * params.h + at.i_h) * q;
+  return {s[i], half > 0 ? s[half - 1] : 0.f};
 }
 template <class Stage>
-MAMBA2_DEVICE void store_weight(Stage& stage, float s) {
+MAMBA2_DEVICE void store_weight(Stage& stage, const Weight& w) {
   const int i = threadIdx.x;
-  if (i < q) stage.weight[i] = ptx::ex2(s);
-  if (i == q - 1) stage.decay = ptx::ex2(s);
+  if (i >= q) return;
+  const float weight = ptx::ex2(w.s - w.s_before);
+  stage.weight[i] = weight;
+  if (i % kHalf == kHalf - 1) stage.decay[i / kHalf] = weight;
 }
 
 // Where this lane's 16-byte units of a (chunks, h, p, n) array lie, and which are inside the state.
@@ -122,23 +134,33 @@ MAMBA2_DEVICE void load_S(uint4 (&S)[kTiles], const GradientParams& params, cons
       units.valid(params, i) ? *reinterpret_cast<const uint4*>(from + 16 * i) : uint4{0, 0, 0, 0};
 }
 
-// G, rounded, to global memory; this warp's share of K to shared memory.
+// G, rounded, to global memory; this warp's share of K to shared memory. S_unrounded, (h, p, n) of
+// this sequence, takes the place of S where it is given.
 template <class T, class Stage>
-MAMBA2_DEVICE void store_state(const Gradient& G, const uint4 (&S)[kTiles], Stage& stage,
-                               const GradientParams& params, const Place& at, int i_chunk) {
+MAMBA2_DEVICE void store_state(Gradient& G, const uint4 (&S)[kTiles], const float* S_unrounded,
+                               Stage& stage, const GradientParams& params, const Place& at,
+                               int i_chunk) {
   const Units units(at);
   T* to = static_cast<T*>(params.scan.G) + units.at(params, at.i_h, i_chunk);
   float dot = 0;
   MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
     const uint4 unit = tile::to_unit<T>(G.left[i], G.right[i]);
     if (units.valid(params, i)) *reinterpret_cast<uint4*>(to + 16 * i) = unit;
+    if (S_unrounded) continue;
     float left[4], right[4];
     tile::from_unit<T>(left, right, S[i]);
     MAMBA2_UNROLL for (int e = 0; e < 4; ++e) dot +=
         G.left[i][e] * left[e] + G.right[i][e] * right[e];
   }
+  if (S_unrounded) {
+    G.for_pairs(params, at, [&](int64_t i, const float* pair) {
+      const float2 v = *reinterpret_cast<const float2*>(S_unrounded + i);
+      dot += pair[0] * v.x + pair[1] * v.y;
+    });
+  }
   dot = warp_sum(dot);
-  if (tile::lane() == 0) stage.K[at.warp_n][at.warp_p] = stage.decay * dot;
+  static_assert(kHalves == 2, "the decay of the chunk");
+  if (tile::lane() == 0) stage.K[at.warp_n][at.warp_p] = stage.decay[0] * stage.decay[1] * dot;
 }
 
 // K of the chunk, by the first threads, once all warps have left their shares.
@@ -153,16 +175,19 @@ MAMBA2_DEVICE void store_K(const Stage& stage, const GradientParams& params, con
   params.scan.K[(part * params.chunks + i_chunk) * params.h + at.i_h] = sum;
 }
 
-// G = 2^s_q G + sum_i 2^s_i dy_i C_i^T
+// G = 2^s_q G + sum_i 2^s_i dy_i C_i^T, half by half, the later one first.
 template <class T, class Stage>
 MAMBA2_DEVICE void advance(Gradient& G, const Stage& stage, const Place& at) {
-  MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
-    MAMBA2_UNROLL for (int e = 0; e < 4; ++e) {
-      G.left[i][e] *= stage.decay;
-      G.right[i][e] *= stage.decay;
+  MAMBA2_NO_UNROLL for (int step = 0; step < q / 16; ++step) {
+    const int half = kHalves - 1 - step / (kHalf / 16), k = half * kHalf + step % (kHalf / 16) * 16;
+    if (step % (kHalf / 16) == 0) {
+      MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
+        MAMBA2_UNROLL for (int e = 0; e < 4; ++e) {
+          G.left[i][e] *= stage.decay[half];
+          G.right[i][e] *= stage.decay[half];
+        }
+      }
     }
-  }
-  MAMBA2_NO_UNROLL for (int k = 0; k < q; k += 16) {
     uint32_t a[4], b[4];
     tile::load_a_transposed(a, stage.dy, k, at.m());
     tile::scale_columns<T>(a, stage.weight + k);
@@ -192,7 +217,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
   if (count > 0) {
     load_S<T>(S, params, at, first + count - 1);
     start_chunk<T, kN>(shared.stage[0], params, at, first + count - 1);
-    store_weight(shared.stage[0], load_s(params, at, first + count - 1));
+    store_weight(shared.stage[0], load_weight(params, at, first + count - 1));
   }
   for (int i = 0; i < count; ++i) {
     auto& stage = shared.stage[i & 1];
@@ -202,15 +227,17 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // this stage is full, the other one no longer read
     if (i > 0) store_K<kN>(other, params, at, i_chunk + 1);
-    float s = 0;
+    Weight next;
     if (i + 1 < count) {
       start_chunk<T, kN>(other, params, at, i_chunk - 1);
-      s = load_s(params, at, i_chunk - 1);
+      next = load_weight(params, at, i_chunk - 1);
     }
-    store_state<T>(G, S, stage, params, at, i_chunk);
+    const bool unrounded = i_chunk == first && params.scan.initial_states;
+    store_state<T>(G, S, unrounded ? params.scan.initial_states + base : nullptr, stage, params, at,
+                   i_chunk);
     if (i + 1 < count) load_S<T>(S, params, at, i_chunk - 1);
     advance<T>(G, stage, at);
-    if (i + 1 < count) store_weight(other, s);
+    if (i + 1 < count) store_weight(other, next);
   }
   __syncthreads();
   if (count > 0) store_K<kN>(shared.stage[~count & 1], params, at, first);

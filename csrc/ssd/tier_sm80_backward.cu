@@ -20,7 +20,8 @@ namespace {
 // What lies in the workspace. With no memory behind it, it only counts.
 struct BackwardMemory {
   void *chunk_table, *S, *G, *dCB, *d_y, *delta_backward;
-  float *delta, *a_cumsum_log2, *partial, *rows, *columns, *to_state, *from_state, *K, *dD;
+  float *delta, *a_cumsum_log2, *a_rest_log2, *partial, *rows, *columns, *to_state, *from_state, *K,
+      *dD;
 
   BackwardMemory(const Problem& problem, Workspace& memory) {
     const Shape& shape = problem.shape;
@@ -31,6 +32,7 @@ struct BackwardMemory {
     chunk_table = memory.take(chunking_bytes(shape, q));
     delta = memory.take_array<float>(tokens);
     a_cumsum_log2 = memory.take_array<float>(tokens);
+    a_rest_log2 = memory.take_array<float>(tokens);
     S = memory.take(problem.save_states ? 0 : 2 * states);
     G = memory.take(2 * states);
     dCB = memory.take(2 * chunks * shape.g * splits * q * q);
@@ -74,7 +76,8 @@ struct Backward {
     S = params.chunk_states ? params.chunk_states : memory.S;
     if (int error = make_chunking(in, q, memory.chunk_table, &problem.chunking, stream))
       return error;
-    if (int error = chunk_cumsum(in, problem.chunking, memory.delta, memory.a_cumsum_log2, stream))
+    if (int error = chunk_cumsum(in, problem.chunking, memory.delta, memory.a_cumsum_log2, stream,
+                                 {}, memory.a_rest_log2))
       return error;
     if (params.chunk_states) return 0;
     return chunk_state(in, problem.chunking, memory.delta, memory.a_cumsum_log2, memory.S, nullptr,
@@ -94,6 +97,8 @@ struct Backward {
     scan.dy = dy;
     scan.C = params.in.C;
     scan.S = S;
+    const AnyFloat& initial = params.in.initial_states;
+    if (initial.dtype == DType::f32) scan.initial_states = static_cast<const float*>(initial.ptr);
     scan.d_final_states = static_cast<const float*>(params.d_final_states);
     scan.G = memory.G;
     scan.K = memory.K;
@@ -185,6 +190,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   problem.chunks = static_cast<int>(in.shape.chunks(q));
   problem.delta = memory.delta;
   problem.a_cumsum_log2 = memory.a_cumsum_log2;
+  problem.a_rest_log2 = memory.a_rest_log2;
   problem.sm_count = device.sm_count;
   problem.max_smem_bytes = max_smem_bytes(device, plan);
 

@@ -31,12 +31,14 @@ def yardstick(
     operand=None,
     working=torch.float64,
     chunk=64,
+    smallest_decay=0.0,
 ):
     """Outputs and gradients of ssd_scan with the roundings above.
 
     inputs: the arguments of ssd_scan by name. dy (b, l, h, p); d_final_states as final_states;
     d_log_decay (nseq, h), the gradient of sum_t a_t, which ssd_segment_state returns.
-    operand: the 16-bit dtype, or None to round nothing; working: what all else runs in.
+    operand: the 16-bit dtype, or None to round nothing; working: what all else runs in;
+    smallest_decay: a decay below it is 0.
     Returns by name y, final_states, dx, d_dt, dA, dB, dC, dD, dz, d_dt_bias, d_initial_states, but
     those of absent arguments; a gradient has its argument's dtype, final_states stays unrounded.
     """
@@ -57,7 +59,8 @@ def yardstick(
     tokens = {k: v[k] for k in ("x", "B", "C", "z")}
     tokens |= {"delta": delta, "a": a, "dy": to_working(dy, working)}
     ends = (states, d_states, d_log)
-    d = every_sequence(tokens, v["D"], ends, bounds if packed else None, Rounding(operand), chunk)
+    rounding = Rounding(operand, smallest_decay)
+    d = every_sequence(tokens, v["D"], ends, bounds if packed else None, rounding, chunk)
 
     d_dt = (d.per_token["delta"] + v["A"] * d.per_token["a"]) * slope
     out = {
@@ -131,11 +134,14 @@ def step_size_and_slope(dt, dt_bias=None, dt_softplus=False, dt_limit=(0.0, math
 class Rounding:
     """Rounds an operand to the 16-bit dtype and back; to nothing at all with None."""
 
-    def __init__(self, operand):
-        self.operand = operand
+    def __init__(self, operand, smallest_decay):
+        self.operand, self.smallest_decay = operand, smallest_decay
 
     def __call__(self, v):
         return v if self.operand is None else v.to(self.operand).to(v.dtype)
+
+    def decay(self, v):
+        return v.masked_fill(v < self.smallest_decay, 0)
 
 
 def sequence(t, D, state, d_state, d_log_decay, rounding, chunk):
@@ -173,7 +179,7 @@ def sequence(t, D, state, d_state, d_log_decay, rounding, chunk):
 
 def forward(x, delta, a, B, C, state, rounding):
     """y_i = sum_{j<=i} L_ij delta_j (C_i . B_j) x_j + 2^s_i S C_i, and the state after the last."""
-    L, from_start, to_end = chunk_cumsum(a)
+    L, from_start, to_end = map(rounding.decay, chunk_cumsum(a))
     x_weighted = rounding((to_end * delta)[..., None] * x)
     states = chunk_state(x_weighted, torch.ones_like(delta), B)
     S, final = state_passing(states, from_start[..., -1], state)

@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from cases import FACTORS, Case, case_of, make_gradients, make_inputs, pairwise
+from cases import (
+    FACTORS,
+    Case,
+    case_of,
+    extreme_steps,
+    make_gradients,
+    make_inputs,
+    pairwise,
+    steep_and_flat_heads,
+)
 from common import check, check_inputs, compare, op_arguments, run_ops, same_bits, to_dtype
 
 from mamba2_cuda.reference.yardstick import yardstick
@@ -111,6 +120,23 @@ def test_extremes(run, A, dt):
     inputs["dt"][:, ::3] = dt
     inputs["A"][0] = A
     check_inputs(run, inputs, dy, d_final)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("A, delta, mixed", [
+    (-1e4, 100.0, True),  # pairs between tokens that forget all: sums of two words
+    (-1.0, 100.0, False),  # decays that are subnormal in fp32
+    (0.0, 1e-4, False),  # a state that stays what it was: K from initial_states before rounding
+    (-1.0, 1e-4, True),
+])  # fmt: skip
+def test_extreme_steps(run, A, delta, mixed, dtype):
+    check_inputs(run, *extreme_steps(A, delta, mixed, dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_steep_and_flat_heads_together(run, dtype):
+    """Weights just below 1 all round one way: half a chunk of them does so as the yardstick's."""
+    check_inputs(run, *steep_and_flat_heads(dtype))
 
 
 def test_packed_sequences_do_not_meet(run, nan_filled):
