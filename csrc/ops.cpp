@@ -100,4 +100,13 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       "gated_rmsnorm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, "
       "int group_size, bool norm_before_gate, Tensor(a!)? dx, Tensor(b!)? dz)"
       " -> (Tensor dx, Tensor dweight, Tensor dz)");
+
+  // Decode: a norm and the projection behind it, for few rows. x, z (b, d) of one dtype;
+  // norm_weight (d); weight (o, d), whose dtype norm's result is rounded to and y has; bias (o).
+  // With a residual (b, o) y is added to it in place, and comes back as a 0-element tensor.
+  // early_weights: the work queued just before does not write weight, so that it may be read early.
+  m.def(
+      "norm_linear(Tensor x, Tensor norm_weight, Tensor? z, Tensor weight, Tensor? bias, "
+      "Tensor(a!)? residual, float eps, int group_size, bool norm_before_gate, "
+      "bool early_weights) -> Tensor y");
 }

@@ -118,3 +118,8 @@ def _(dy, x, weight, z, eps, group_size, norm_before_gate, dx, dz):
         like(x if dx is None else None, x), like(weight, x, state_dtype(x)),
         like(z if dz is None else None, x),
     )  # fmt: skip
+
+
+@fake("mamba2_cuda::norm_linear")
+def _(x, norm_weight, z, weight, bias, residual, *_options):
+    return weight.new_empty((x.shape[0], weight.shape[0]) if residual is None else 0)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mamba2_cuda.model import loss
 
-# Half a unit in the last place, three times: the gradient, its product with 3, and what is expected.
+# Half a unit in the last place, three times: the gradient, its product with 3, what is expected.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3 * 2**-9}
 
 

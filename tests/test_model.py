@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mamba2_cuda.model import Mamba2LMHeadModel, ModelConfig
-from mamba2_cuda.nn import Attention, Mamba2
+from mamba2_cuda.nn import Attention, Block, Mamba2, Tokens
 
 F64 = torch.float64
 HYBRID = dict(
@@ -65,6 +65,21 @@ def test_prefill_and_steps_are_forward(options):
     for pieces in ([7] + [1] * 5, [1] * 12, [5, 4, 1, 2], [12]):
         torch.testing.assert_close(in_pieces(model, tokens, pieces), whole)
     torch.testing.assert_close(model(tokens, last_only=True), whole[:, -1:])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rmsnorm", [False, True])
+@torch.no_grad()
+def test_a_step_in_the_residual_is_a_step(rmsnorm, bias):
+    mixer = make_model(ssm_cfg=dict(rmsnorm=rmsnorm, bias=bias)).backbone.layers[0].mixer
+    block = Block(16, mixer, dtype=F64)
+    caches = [mixer.allocate_cache(3) for _ in range(2)]
+    for _ in range(3):
+        residual = torch.randn(3, 16, dtype=F64)
+        expected = block(residual[:, None], Tokens(1), caches[0])[:, 0]
+        mixer.add_step(residual, block.norm, caches[1])
+        torch.testing.assert_close(residual, expected)
+        torch.testing.assert_close(caches[1].ssm, caches[0].ssm)
 
 
 @pytest.mark.gpu

@@ -28,6 +28,8 @@ class Backbone(nn.Module):
         for layer, layer_cache in zip(self.layers, caches):
             if self.activation_checkpointing and self.training and cache is None:
                 residual = checkpoint(layer, residual, tokens, use_reentrant=False)
+            elif cache is not None and tokens.l == 1:
+                residual = layer.step(residual, tokens, layer_cache)
             else:
                 residual = layer(residual, tokens, layer_cache)
         return self.norm_f(residual)

@@ -41,6 +41,8 @@ class Sampling:
 
         No host synchronisation, so that a CUDA graph can hold it.
         """
+        if self.temperature == 0 and self.repetition_penalty == 1:
+            return logits.argmax(-1)
         logits = logits.float()
         if self.repetition_penalty != 1:
             factor = self.repetition_penalty

@@ -26,10 +26,13 @@ class CausalConv1d(nn.Module):
         if state is None:
             return functional.causal_conv1d(x, weight, self.bias, cu_seqlens=cu_seqlens, **options)
         if x.size(1) == 1:
-            y = functional.causal_conv1d_step(state, x[:, 0], weight, self.bias, **options)
-            return y[:, None]
+            return self.step(x[:, 0], state)[:, None]
         y, after = functional.causal_conv1d(
             x, weight, self.bias, initial_states=state, return_final_states=True, **options
         )
         state.copy_(after)
         return y
+
+    def step(self, x, state):
+        """forward for the next token alone: x (b, channels)."""
+        return functional.causal_conv1d_step(state, x, self.weight[:, 0], self.bias, silu=self.silu)

@@ -31,7 +31,7 @@ class Options(NamedTuple):
 
 
 def conv_scan_norm(
-    zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens, options
+    zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens, options, cache=None
 ):
     """The mixer without its projections.
 
@@ -44,6 +44,7 @@ def conv_scan_norm(
     A_log, D, dt_bias            (h,); D also (h, p)
     norm_weight  (h p,) or None
     cu_seqlens   (nseq + 1,) or None: packed sequences, as ssd_scan has them
+    cache        a MixerCache that is begun from and moved on, where no gradient is wanted
 
     Returns (b, l, h p) in zxBCdt's dtype. Under autocast zxBCdt is cast. Differentiable once in all
     but cu_seqlens. For the backward it keeps zxBCdt, y and the convolution's output.
@@ -53,25 +54,34 @@ def conv_scan_norm(
     (zxBCdt,) = autocast(zxBCdt)
     arrays = (zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens)
     if torch.is_grad_enabled():
+        if cache is not None:
+            raise RuntimeError("conv_scan_norm: a cache is for torch.no_grad")
         return _ConvScanNorm.apply(options, current_plan(), *arrays)
-    return forward(options, current_plan(), *arrays)[0]
+    return forward(options, current_plan(), *arrays, cache)[0]
 
 
 def forward(
-    options, plan, zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens
-):
-    """Returns out, the convolution's output, y (None without a norm: it is out) and A."""
-    layout = options.layout
+    options, plan, zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens,
+    cache=None,
+):  # fmt: skip
+    """Returns out, the convolution's output, y (None without a norm: it is out) and A.
+
+    cache: a MixerCache to begin from, and to leave the last states in.
+    """
+    layout, keep = options.layout, cache is not None
     z, xBC, dt = layout.split(zxBCdt)
-    xBC, _ = _ops.causal_conv1d_forward.default(
-        xBC, conv_weight, conv_bias, None, cu_seqlens, True, False
+    xBC, conv_state = _ops.causal_conv1d_forward.default(
+        xBC, conv_weight, conv_bias, cache.conv if keep else None, cu_seqlens, True, keep
     )
     x, B, C = layout.split_conv(xBC)
-    A = A_of(A_log)
-    y, _, _ = _ops.ssd_scan_forward.default(
+    A = cache.A if keep else A_of(A_log)
+    y, state, _ = _ops.ssd_scan_forward.default(
         x, dt, A, B, C, D, layout.by_head(z) if norm_weight is None else None, dt_bias,
-        None, cu_seqlens, None, True, *options.dt_limit, False, False, plan,
+        cache.ssm if keep else None, cu_seqlens, None, True, *options.dt_limit, keep, False, plan,
     )  # fmt: skip
+    if keep:
+        cache.conv.copy_(conv_state)
+        cache.ssm.copy_(state)
     y = y.flatten(-2)
     if norm_weight is None:
         return y, xBC, None, A

@@ -4,6 +4,7 @@ from mamba2_cuda.ops import (
     causal_conv1d,
     causal_conv1d_step,
     gated_rmsnorm,
+    norm_linear,
     ssd_scan,
     ssd_step,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "causal_conv1d_step",
     "conv_scan_norm",
     "gated_rmsnorm",
+    "norm_linear",
     "ssd_scan",
     "ssd_step",
 ]

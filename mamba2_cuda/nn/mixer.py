@@ -89,8 +89,10 @@ class Mamba2(nn.Module):
         cu_seqlens = None if tokens is None else tokens.cu_seqlens
         real = None if tokens is None else tokens.real()
         zxBCdt = self.in_proj(u if self.ranks == 1 else spread(u, self.process_group))
-        if cache is None and real is None:
-            y = self.whole(zxBCdt, cu_seqlens)
+        if cache is not None and u.size(1) == 1 and real is None:
+            y = self.step(zxBCdt[:, 0], cache)[:, None]
+        elif real is None and (cache is None or not torch.is_grad_enabled()):
+            y = self.whole(zxBCdt, cu_seqlens, cache)
         else:
             y = self.in_parts(zxBCdt, real, cache)
         if self.ranks == 1:
@@ -98,24 +100,51 @@ class Mamba2(nn.Module):
         out = total(F.linear(y, self.out_proj.weight), self.process_group)
         return out if self.out_proj.bias is None else out + self.out_proj.bias
 
-    def whole(self, zxBCdt, cu_seqlens):
-        """All between the projections, where nothing comes before and nothing is padding."""
+    def add_step(self, residual, norm, cache):
+        """residual (b, d_model) += mixer(norm(residual)) for one token a row, in place, in the
+        fewest kernels: norm and in_proj are one, and norm, out_proj and the sum. None of them
+        writes a weight that the next one reads."""
+        zxBCdt = functional.norm_linear(
+            residual, norm.weight, self.in_proj.weight, self.in_proj.bias, eps=norm.eps,
+            early_weights=True,
+        )  # fmt: skip
+        y, z = self.scan_step(zxBCdt, cache)
+        if self.norm is None:
+            residual += self.out_proj(y)
+        else:
+            functional.norm_linear(
+                y, self.norm.weight, self.out_proj.weight, self.out_proj.bias, z=z,
+                residual=residual, early_weights=True, **self.norm.options,
+            )  # fmt: skip
+
+    def adds_fast(self, residual):
+        """Whether add_step has fast kernels for these rows."""
+        weight, layout = self.in_proj.weight, self.layout
+        return (
+            weight.is_cuda
+            and weight.element_size() == 2
+            and self.ranks == 1
+            and len(residual) <= 64
+            and residual.size(-1) % 8 == layout.d_inner % 8 == 0
+            and self.options.group_size == layout.d_inner
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cuda")
+        )
+
+    def whole(self, zxBCdt, cu_seqlens, cache):
+        """All between the projections, where nothing is padding."""
         return functional.conv_scan_norm(
             zxBCdt, self.conv1d.weight[:, 0], self.conv1d.bias, self.A_log, self.D_by_head(),
             self.dt_bias, None if self.norm is None else self.norm.weight, cu_seqlens,
-            self.options,
+            self.options, cache,
         )  # fmt: skip
 
     def in_parts(self, zxBCdt, real, cache):
-        """The same from a cache, or with padding."""
+        """The same with padding, or from a cache with gradients."""
         z, xBC, dt = self.layout.split(zxBCdt)
         xBC = self.conv1d(hide(xBC, real), state=None if cache is None else cache.conv)
         x, B, C = self.layout.split_conv(hide(xBC, real))
-        if cache is not None and x.size(1) == 1:
-            y = self.step(cache, x[:, 0], dt[:, 0], B[:, 0], C[:, 0], z[:, 0])[:, None]
-        else:
-            y = self.scan(x, dt, B, C, z, cache)
-        y = y.flatten(-2)
+        y = self.scan(x, dt, B, C, z, cache).flatten(-2)
         return y if self.norm is None else self.norm(y, z)
 
     def scan(self, x, dt, B, C, z, cache):
@@ -128,8 +157,17 @@ class Mamba2(nn.Module):
         cache.ssm.copy_(after)
         return y
 
-    def step(self, cache, x, dt, B, C, z):
-        return functional.ssd_step(cache.ssm, x, dt, cache.A, B, C, **self.scan_options(z))
+    def step(self, zxBCdt, cache):
+        """All between the projections for one token a row: (b, width) -> (b, h p)."""
+        y, z = self.scan_step(zxBCdt, cache)
+        return y if self.norm is None else self.norm(y, z)
+
+    def scan_step(self, zxBCdt, cache):
+        """What is to be normed, and its gate: y (b, h p) and z."""
+        z, xBC, dt = self.layout.split(zxBCdt)
+        x, B, C = self.layout.split_conv(self.conv1d.step(xBC, cache.conv))
+        y = functional.ssd_step(cache.ssm, x, dt, cache.A, B, C, **self.scan_options(z))
+        return y.flatten(-2), z
 
     def A(self):
         return A_of(self.A_log)

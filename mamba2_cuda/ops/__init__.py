@@ -6,6 +6,7 @@ load_ops()
 
 from mamba2_cuda.ops.causal_conv1d import causal_conv1d, causal_conv1d_step  # noqa: E402
 from mamba2_cuda.ops.gated_rmsnorm import gated_rmsnorm  # noqa: E402
+from mamba2_cuda.ops.norm_linear import norm_linear  # noqa: E402
 from mamba2_cuda.ops.plan import batch_invariant  # noqa: E402
 from mamba2_cuda.ops.ssd_scan import ssd_scan  # noqa: E402
 from mamba2_cuda.ops.ssd_segment_state import ssd_segment_state  # noqa: E402
@@ -16,6 +17,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_rmsnorm",
+    "norm_linear",
     "ssd_scan",
     "ssd_segment_state",
     "ssd_step",

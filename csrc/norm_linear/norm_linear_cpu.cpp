@@ -1,0 +1,72 @@
+// norm_linear on the CPU: a task a row, summed in double.
+#include <cmath>
+#include <vector>
+
+#include "../core/convert_cpu.h"
+#include "../core/parallel_cpu.h"
+#include "../gated_rmsnorm/formulas.cuh"
+#include "../ssd/formulas.cuh"
+#include "norm_linear_call.h"
+
+namespace mamba2::norm_linear {
+namespace {
+
+double element(const Matrix& from, DType dtype, int64_t row, int i) {
+  return cpu::load<double>(dtype, from.ptr, row * from.stride + i);
+}
+
+// The normed row, rounded to the dtype of the weights.
+void norm_row(const Params& params, int64_t row, std::vector<double>& v) {
+  std::vector<double> outside(params.d, 1);
+  for (int i = 0; i < params.d; ++i) {
+    v[i] = element(params.x, params.x_dtype, row, i);
+    if (!params.z.ptr) continue;
+    const double silu = ssd::silu(element(params.z, params.x_dtype, row, i));
+    const auto gate = gated_rmsnorm::gate_of(silu, 0.0, true, params.norm_before_gate);
+    v[i] *= gate.inside;
+    outside[i] = gate.outside;
+  }
+  for (int first = 0; first < params.d; first += params.s) {
+    double sum = 0;
+    for (int i = first; i < first + params.s; ++i) sum += v[i] * v[i];
+    const double r = 1 / std::sqrt(sum / params.s + params.eps);
+    for (int i = first; i < first + params.s; ++i) {
+      v[i] *= r * cpu::load<double>(params.norm_weight, i) * outside[i];
+      cpu::with_element_type(params.dtype, [&](auto* type) {
+        v[i] = static_cast<double>(static_cast<std::remove_pointer_t<decltype(type)>>(v[i]));
+      });
+    }
+  }
+}
+
+void run_row(const Params& params, int64_t row, std::vector<double>& v) {
+  norm_row(params, row, v);
+  for (int output = 0; output < params.o; ++output) {
+    double sum = params.bias ? cpu::load<double>(params.bias, output) : 0;
+    for (int i = 0; i < params.d; ++i) {
+      sum += v[i] * cpu::load<double>(params.dtype, params.weight, int64_t(output) * params.d + i);
+    }
+    const int64_t at = row * params.out.stride + output;
+    if (params.add) sum += cpu::load<double>(params.out_dtype, params.out.ptr, at);
+    cpu::store(params.out_dtype, params.out.ptr, at, sum);
+  }
+}
+
+Tensor norm_linear(Tensor x, Tensor norm_weight, OptionalTensor z, Tensor weight,
+                   OptionalTensor bias, OptionalTensor residual, double eps, int64_t group_size,
+                   bool norm_before_gate, bool early_weights) {
+  const Call call = prepare({x, norm_weight, z, weight, bias, residual, eps, group_size,
+                             norm_before_gate, early_weights});
+  cpu::parallel_tasks(
+      call.params.b, [&] { return std::vector<double>(call.params.d); },
+      [&](int64_t row, std::vector<double>& v) { run_row(call.params, row, v); });
+  return call.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
+  m.impl("norm_linear", TORCH_BOX(&norm_linear));
+}
+
+}  // namespace mamba2::norm_linear

@@ -1,0 +1,142 @@
+"""norm_linear is gated_rmsnorm and a projection: values, what it writes, what it refuses."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from mamba2_cuda import reference
+from mamba2_cuda.ops import norm_linear
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+PRECISION = {BF16: 2.0**-9, F16: 2.0**-12, F32: 2.0**-24, F64: 2.0**-53}
+
+
+@dataclass(frozen=True)
+class Case:
+    b: int
+    d: int
+    o: int
+    dtype: torch.dtype = BF16
+    x_dtype: torch.dtype = F32
+    z: bool = False
+    bias: bool = False
+    residual: torch.dtype | None = None
+    group_size: int | None = None
+    norm_before_gate: bool = False
+
+
+# The layers of small models, and what else the tensor-core kernel takes; then what any takes.
+CASES = {
+    "in_proj": Case(1, 768, 210),
+    "out_proj": Case(3, 1536, 48, x_dtype=BF16, z=True, residual=F32),
+    "gate outside": Case(8, 256, 16, x_dtype=BF16, z=True, norm_before_gate=True),
+    "16 rows": Case(9, 96, 40, F16, F16, z=True, residual=F16, bias=True),
+    "32 rows": Case(31, 264, 17, bias=True),
+    "64 rows": Case(64, 1544, 33, x_dtype=BF16, residual=F32),
+    "65 rows": Case(65, 64, 16),
+    "groups": Case(2, 96, 70, x_dtype=BF16, z=True, group_size=32),
+    "odd d": Case(2, 45, 70, residual=BF16, bias=True),
+    "fp32": Case(3, 64, 70, F32, z=True, bias=True),
+    "fp64": Case(3, 50, 20, F64, F64, z=True, residual=F64),
+    "no rows": Case(0, 64, 16),
+}
+
+
+def make_inputs(case, device="cpu"):
+    """x, z and residual as slices of wider tensors, NaN around them."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype, wide=0):
+        values = torch.randn(*shape, generator=random, dtype=F64).to(dtype)
+        if wide:
+            around = torch.full((shape[0], shape[1] + wide), math.nan, dtype=dtype, device=device)
+            around[:, : shape[1]] = values
+            return around[:, : shape[1]]
+        return values.to(device)
+
+    b, d, o = case.b, case.d, case.o
+    inputs = {
+        "x": normal(b, d, dtype=case.x_dtype, wide=16),
+        "norm_weight": normal(d, dtype=F32),
+        "weight": normal(o, d, dtype=case.dtype),
+    }
+    if case.z:
+        inputs["z"] = normal(b, d, dtype=case.x_dtype, wide=8)
+    if case.bias:
+        inputs["bias"] = normal(o, dtype=case.dtype)
+    if case.residual:
+        inputs["residual"] = normal(b, o, dtype=case.residual, wide=8)
+    return inputs
+
+
+def expected(case, inputs):
+    """In fp64, but for the normed row, which is rounded to weight's dtype."""
+    exact = {k: v.double() for k, v in inputs.items()}
+    v = reference.gated_rmsnorm(
+        exact["x"], exact["norm_weight"], exact.get("z"), group_size=case.group_size,
+        norm_before_gate=case.norm_before_gate,
+    )  # fmt: skip
+    y = v.to(case.dtype).double() @ exact["weight"].T
+    return sum((exact[k] for k in ("bias", "residual") if k in inputs), y)
+
+
+def check(case, function, inputs):
+    """Its error: the result's rounding, that of fp32 sums of d terms, and rows rounded otherwise
+    than the truth's where that lies between two numbers of their dtype."""
+    true = expected(case, inputs)
+    kept = {k: v.clone() for k, v in inputs.items()}
+    options = dict(group_size=case.group_size, norm_before_gate=case.norm_before_gate)
+    got = function(**inputs, **options, early_weights=True)
+    assert got.shape == true.shape and got.dtype == (case.residual or case.dtype)
+    again = function(**{**inputs, "residual": kept.get("residual")}, **options)
+    assert torch.equal(got, again), "repeated"
+    working = PRECISION[F64 if case.dtype == F64 else F32]
+    allowed = 1.2 * (true.to(got.dtype).double() - true).norm()
+    allowed += (4 * working * math.sqrt(case.d) + PRECISION[case.dtype] / 16) * true.norm()
+    assert (got.double() - true).norm() <= allowed
+    if case.residual:
+        wide = inputs["residual"]._base
+        assert torch.equal(wide[:, : case.o], got) and wide[:, case.o :].isnan().all()
+    assert all(torch.equal(v, kept[k]) for k, v in inputs.items() if k != "residual")
+    return got
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_values(case, device):
+    check(case, norm_linear, make_inputs(case, device))
+
+
+@pytest.mark.parametrize("name", ["in_proj", "64 rows", "65 rows", "fp64"])
+def test_opcheck(name, device, ops):
+    inputs = make_inputs(CASES[name], device)
+    order = ("x", "norm_weight", "z", "weight", "bias", "residual")
+    arguments = (*(inputs.get(k) for k in order), 1e-5, CASES[name].d, False, False)
+    torch.library.opcheck(ops.norm_linear.default, arguments)
+
+
+def test_a_rows_result_does_not_depend_on_the_others(device):
+    case = replace(CASES["in_proj"], b=40)
+    inputs = make_inputs(case, device)
+    many = norm_linear(**inputs)
+    for rows in (slice(0, 1), slice(5, 13), slice(20, 40)):
+        few = norm_linear(**{**inputs, "x": inputs["x"][rows]})
+        assert torch.equal(few, many[rows])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(z=torch.ones(2, 8)), r"z must be \(b=3, d=8\), got \(2, 8\)"),
+        (dict(weight=torch.ones(5, 7)), r"weight must be \(o, d=8\), got \(5, 7\)"),
+        (dict(residual=torch.ones(3, 4)), r"residual must be \(b=3, o=5\), got \(3, 4\)"),
+        (dict(group_size=3), r"group_size must be a divisor of d=8, got 3"),
+        (dict(residual=torch.ones(5, 3).T), r"residual's last stride must be 1, got 3"),
+        (dict(z=torch.ones(3, 8, dtype=F64)), r"z must be torch.float32, got torch.float64"),
+    ],
+)
+def test_refusals(change, message):
+    inputs = dict(x=torch.ones(3, 8), norm_weight=torch.ones(8), weight=torch.ones(5, 8))
+    with pytest.raises(RuntimeError, match=f"norm_linear: {message}"):
+        norm_linear(**{**inputs, **change})
