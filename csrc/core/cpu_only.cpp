@@ -9,7 +9,7 @@ constexpr const char* kOperators[] = {
     "ssd_scan_forward",          "ssd_scan_backward",          "ssd_scan_backward_out",
     "ssd_segment_state_forward", "ssd_segment_state_backward", "ssd_step",
     "causal_conv1d_forward",     "causal_conv1d_backward",     "causal_conv1d_step",
-    "gated_rmsnorm_forward",     "gated_rmsnorm_backward",
+    "gated_rmsnorm_forward",     "gated_rmsnorm_backward",     "norm_linear",
 };
 
 void refuse(StableIValue*, uint64_t, uint64_t) {

@@ -17,7 +17,6 @@
 #include "../core/dispatch.cuh"
 #include "../core/launch.h"
 #include "../core/vectors.cuh"
-#include "../gated_rmsnorm/formulas.cuh"
 #include "../ptx/sm80.cuh"
 #include "norm_linear_any.h"
 
@@ -77,8 +76,8 @@ struct RowNorm {
       if (has_z) z[i].unpack(gate);
       MAMBA2_UNROLL
       for (int c = 0; c < kVec; ++c) {
-        const float silu = has_z ? fast::silu(gate[c]) : 0.f;
-        const auto g = gated_rmsnorm::gate_of(silu, 0.f, has_z, params.norm_before_gate);
+        Gate<float> g;
+        if (has_z) g = gate_of(fast::silu(gate[c]), params.norm_before_gate);
         v[c] *= g.inside;
         gate[c] = g.outside;
       }

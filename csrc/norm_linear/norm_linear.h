@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/macros.h"
 
 namespace mamba2::norm_linear {
 
@@ -32,9 +33,19 @@ struct Params {
   bool add = false;              // out += instead of out =
   double eps = 0;
   bool norm_before_gate = false;
-  bool early_weights =
-      false;  // the kernel in front writes no weights: they may be read before its end
+  // The kernel in front writes no weights: they may be read before its end.
+  bool early_weights = false;
 };
+
+// The gate silu(z) stands before the norm or behind it; 1 where it does not stand.
+template <class U>
+struct Gate {
+  U inside = 1, outside = 1;
+};
+template <class U>
+MAMBA2_HD Gate<U> gate_of(U silu, bool norm_before_gate) {
+  return norm_before_gate ? Gate<U>{U(1), silu} : Gate<U>{silu, U(1)};
+}
 
 // ---- CUDA: returns a cudaError_t as int; `major` is the card's compute capability ----
 int run(const Params&, int major, void* stream);

@@ -7,7 +7,6 @@
 #include "../core/activations.cuh"
 #include "../core/dispatch.cuh"
 #include "../core/launch.h"
-#include "../gated_rmsnorm/formulas.cuh"
 
 namespace mamba2::norm_linear {
 namespace {
@@ -38,9 +37,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   const int64_t row = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto gate = [&](int i) {
-    if (!params.z.ptr) return gated_rmsnorm::Gate<U>{};
+    if (!params.z.ptr) return Gate<U>{};
     const U z = load<U>(AnyFloat{params.z.ptr, params.x_dtype}, row * params.z.stride + i);
-    return gated_rmsnorm::gate_of(fast::silu(z), U(0), true, params.norm_before_gate);
+    return gate_of(fast::silu(z), params.norm_before_gate);
   };
   for (int first = 0; first < params.d; first += params.s) {
     U sum = 0;

@@ -4,7 +4,6 @@
 
 #include "../core/convert_cpu.h"
 #include "../core/parallel_cpu.h"
-#include "../gated_rmsnorm/formulas.cuh"
 #include "../ssd/formulas.cuh"
 #include "norm_linear_call.h"
 
@@ -22,7 +21,7 @@ void norm_row(const Params& params, int64_t row, std::vector<double>& v) {
     v[i] = element(params.x, params.x_dtype, row, i);
     if (!params.z.ptr) continue;
     const double silu = ssd::silu(element(params.z, params.x_dtype, row, i));
-    const auto gate = gated_rmsnorm::gate_of(silu, 0.0, true, params.norm_before_gate);
+    const auto gate = gate_of(silu, params.norm_before_gate);
     v[i] *= gate.inside;
     outside[i] = gate.outside;
   }
