@@ -1,13 +1,16 @@
-"""Times the model around the scan on one GPU: a mixer, a training step, generation.
+"""Times a mixer, a training step and generation on one GPU, beside mamba_ssm.
 
-    python -m bench.model                    all three
-    python -m bench.model --what mixer
+    python -m bench.model                              all three, both implementations
+    python -m bench.model --what mixer --impls mamba2_cuda
 
 mixer     in_proj to out_proj of the 2.7B shape, b8 x 4096, bf16: forward, forward and backward, and
           the host's time of an eager forward
-step      the 130M model, b8 x 2048, fp32 weights, bf16 autocast, fused AdamW
-generate  the 130M model in bf16, 100 tokens of prompt and 256 new ones, whole tokens as CUDA graphs
+step      the 130M model, b8 x 2048, fp32 weights, bf16 autocast, clipping, fused AdamW
+generate  the 130M model in bf16, 100 tokens of prompt and 256 new ones, the most likely each, whole
+          tokens as CUDA graphs; with a state of fp32 and, as mamba_ssm has it, of bf16
 
+Ours comes first. mamba_ssm tunes its kernels on first use, for a minute or so. What fails is
+reported and the rest goes on; after --seconds nothing new is begun.
 Refuses when the tests of these sources were not green on this machine's GPU, as bench.run.
 """
 
@@ -17,18 +20,19 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
 from bench import rows, stamp, timing
-from mamba2_cuda import __version__
-from mamba2_cuda.model import Decoder, Mamba2LMHeadModel, ModelConfig, Sampling
-from mamba2_cuda.nn import Mamba2
-from mamba2_cuda.training import Recipe, Trainer, Windows
+from bench.model_rivals import MAKERS
+from mamba2_cuda.training import Recipe
+from mamba2_cuda.training.recipe import make_optimizer
 
-SMALL = ModelConfig(d_model=768, n_layer=24, vocab_size=50277, pad_vocab_size_multiple=16)
+OURS, RIVAL = "mamba2_cuda", "mamba_ssm"
 PROMPT, NEW = 100, 256
+BATCH, LENGTH = 8, 2048  # of the training step
 
 
 def main():
@@ -36,15 +40,24 @@ def main():
     if not torch.cuda.is_available():
         raise SystemExit("bench.model measures on a GPU")
     stamp.refuse_if_red(options.unchecked)
+    begin = time.perf_counter()
     command = shlex.join(["python", "-m", "bench.model", *sys.argv[1:]])
-    common = {"dtype": "bf16", "impl": "mamba2_cuda", "version": __version__}
-    common |= {"gpu": torch.cuda.get_device_name(), **rows.provenance(command, options.commit)}
-    for what in options.what:
-        measured = [{**row, **common} for row in MEASUREMENTS[what]()]
-        for row in measured:
-            print({k: v for k, v in row.items() if k not in common}, flush=True)
-        if not options.unchecked:
-            rows.add(options.results / "h200_model.json", measured)
+    common = {"dtype": "bf16", "gpu": torch.cuda.get_device_name()}
+    common |= rows.provenance(command, options.commit)
+    measured = []
+    for name in options.impls:
+        maker = attempt(name, lambda name=name: MAKERS[name](options.mamba_ssm))
+        for what in options.what if maker else ():
+            if time.perf_counter() - begin > options.seconds:
+                print(f"no time for {what} of {name}", flush=True)
+                continue
+            of_impl = {"impl": name, "version": maker.version, **common}
+            for row in attempt(f"{what} of {name}", lambda w=what, m=maker: measure(w, m)) or ():
+                measured.append({**row, **of_impl})
+                print({k: v for k, v in row.items()}, name, flush=True)
+            if not options.unchecked:  # after each: a run may be cut short
+                rows.add(options.results / "h200_model.json", with_ratios(measured))
+    print(table(with_ratios(measured)))
 
 
 def parse_options():
@@ -53,21 +66,39 @@ def parse_options():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     out = os.environ.get("OUT", stamp.ROOT / "bench/results")
-    parser.add_argument("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
-    parser.add_argument("--results", type=Path, default=Path(out), help="folder (or $OUT)")
-    parser.add_argument("--commit", default=None, help="what is measured, where git does not say")
-    parser.add_argument(
-        "--unchecked", action="store_true", help="without green tests; saves nothing"
-    )
+    add = parser.add_argument
+    add("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    add("--impls", nargs="+", choices=MAKERS, default=list(MAKERS))
+    add("--seconds", type=float, default=600, help="after which nothing new is begun (600)")
+    add("--mamba-ssm", help="folder of the unpacked sdist (or $MAMBA_SSM, or third_party/)")
+    add("--results", type=Path, default=Path(out), help="folder (or $OUT)")
+    add("--commit", default=None, help="what is measured, where git does not say")
+    add("--unchecked", action="store_true", help="without green tests; saves nothing")
     return parser.parse_args()
 
 
-def mixer():
+def attempt(what, call):
+    """call(), or None and a report when it fails: one of many shall not end all."""
+    try:
+        return call()
+    except Exception as failure:
+        traceback.print_exc(limit=3)
+        print(f"{what} failed: {str(failure)[:300]}", flush=True)
+        torch.cuda.empty_cache()
+        return None
+
+
+def measure(what, maker):
     torch.manual_seed(0)
-    layer = Mamba2(2560, device="cuda", dtype=torch.bfloat16)
+    measured = list(MEASUREMENTS[what](maker))
+    torch.cuda.empty_cache()
+    return measured
+
+
+def mixer(maker):
+    layer = maker.mixer()
     u = torch.randn(8, 4096, 2560, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn_like(u)
-    leaves = [u, *layer.parameters()]
+    dy, leaves = torch.randn_like(u), [u, *layer.parameters()]
 
     @torch.no_grad()
     def forward():
@@ -77,6 +108,7 @@ def mixer():
         torch.autograd.grad(layer(u), leaves, dy)
 
     for call, op in ((forward, "mixer_fwd"), (train, "mixer_train")):
+        call()  # kernels are tuned here
         yield row(op, "2.7b_b8_l4k", timing.median_ms(call))
     short = u[:1, :64].detach()
 
@@ -89,6 +121,8 @@ def mixer():
 
 def host_ms(call, count=200):
     """What one call keeps the host busy for: the work it queues is too small to fill the queue."""
+    for _ in range(10):
+        call()
     times = []
     for _ in range(count):
         torch.cuda.synchronize()
@@ -98,45 +132,82 @@ def host_ms(call, count=200):
     return statistics.median(times)
 
 
-def step():
-    torch.manual_seed(0)
-    model = Mamba2LMHeadModel(SMALL, device="cuda")
-    recipe = Recipe(steps=1000, batch=8, length=2048)
-    windows = Windows(torch.randint(50277, (1_000_000,)), recipe.length)
-    trainer = Trainer(model, recipe, windows, windows, "out/bench_model")
-    for _ in range(5):
-        trainer.train_step()
-    torch.cuda.reset_peak_memory_stats()
-    lines = [trainer.train_step() for _ in range(20)]
-    seconds = statistics.median(line["seconds_per_step"] for line in lines)
+def step(maker, warm=3, count=10):
+    model = maker.model().train()
+    recipe = Recipe(steps=1000, batch=BATCH, length=LENGTH)
+    optimizer = make_optimizer(model, recipe)
+    tokens = torch.randint(50277, (BATCH, LENGTH + 1), device="cuda")
+
+    def one():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = maker.loss(model, tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    seconds = []
+    for i in range(warm + count):
+        if i == warm:
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        one().item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds[warm:])
     yield {
-        **row("train_step", "130m_b8_l2k", seconds * 1e3),
-        "tokens_per_s": round(recipe.batch * recipe.length / seconds),
+        **row("train_step", "130m_b8_l2k", median * 1e3),
+        "tokens_per_s": round(BATCH * LENGTH / median),
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
 
 
-def generate():
-    torch.manual_seed(0)
-    model = Mamba2LMHeadModel(SMALL, device="cuda", dtype=torch.bfloat16).eval()
+def generate(maker, count=3):
+    model = maker.model(torch.bfloat16).eval()
+    dtypes = {"fp32": None, "bf16": torch.bfloat16} if maker.name == OURS else {"bf16": None}
     for batch in (1, 64):
-        decoder = Decoder(model, batch, PROMPT + NEW, sampling=Sampling(temperature=0))
-        prompts = torch.randint(50277, (batch, PROMPT)).tolist()
-        decoder.generate(prompts, NEW)
-        seconds = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            decoder.generate(prompts, NEW)  # its last tokens are on the host when it returns
-            seconds.append(time.perf_counter() - begin)
-        median = statistics.median(seconds)
-        yield {
-            **row("generate", f"130m_b{batch}_100+256", median * 1e3, graph=True),
-            "tokens_per_s": round(batch * NEW / median),
-        }
+        prompts = torch.randint(50277, (batch, PROMPT))
+        for name, dtype in dtypes.items():
+            call = maker.generate(model, prompts, NEW, dtype)
+            seconds = []
+            for _ in range(1 + count):
+                begin = time.perf_counter()
+                tokens = call()  # on the host: nothing is left to wait for
+                seconds.append(time.perf_counter() - begin)
+            assert tokens.shape == (batch, PROMPT + NEW)
+            median = statistics.median(seconds[1:])
+            shape = f"130m_b{batch}_100+256_{name}_state"
+            yield {
+                **row("generate", shape, median * 1e3, graph=True),
+                "tokens_per_s": round(batch * NEW / median),
+            }
 
 
 def row(op, shape, ms, graph=False):
     return {"op": op, "shape": shape, "ms": round(ms, 5), "graph": graph}
+
+
+def with_ratios(measured):
+    """Adds to our rows how many times as long mamba_ssm takes for the same."""
+    theirs = {(r["op"], r["shape"]): r["ms"] for r in measured if r["impl"] == RIVAL}
+    for r in measured:
+        at = r["op"], r["shape"].replace("fp32_state", "bf16_state")
+        if r["impl"] == OURS and at in theirs:
+            r["ratio"] = round(theirs[at] / r["ms"], 3)
+            r["ratios"] = {RIVAL: r["ratio"]}
+    return measured
+
+
+def table(measured):
+    """The rows as text, one line each."""
+    lines = [f"{'op':14} {'shape':28} {'impl':12} {'ms':>9} {'tokens/s':>9} {'GB':>6} {'ratio':>6}"]
+    for r in measured:
+        tokens, peak = r.get("tokens_per_s", ""), r.get("peak_bytes")
+        lines.append(
+            f"{r['op']:14} {r['shape']:28} {r['impl']:12} {r['ms']:9.3f} {tokens:>9} "
+            f"{f'{peak / 1e9:.2f}' if peak else '':>6} {rows.cell(r, 'ratio', 6)}"
+        )
+    return "\n".join(lines)
 
 
 MEASUREMENTS = {"mixer": mixer, "step": step, "generate": generate}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import figure, ncu_table, rows, run, stamp
+from bench import figure, model, ncu_table, rows, run, stamp
 from bench.shapes import LENGTH_SWEEP, SHAPES, STATE_SWEEP, over_ops
 from mamba2_cuda._explain import floor_bytes, flops
 
@@ -134,3 +134,23 @@ def test_figure_has_a_line_for_each(tmp_path):
     ]
     figure.draw(measured, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_models_rows_are_compared_with_the_same_work():
+    measured = [
+        row(op="generate", ms=1.0) | {"shape": "b1_fp32_state", "tokens_per_s": 256},
+        row(op="generate", ms=0.5) | {"shape": "b1_bf16_state", "tokens_per_s": 512},
+        row(op="train_step", ms=4.0) | {"peak_bytes": 3 * 10**9},
+        row("mamba_ssm", op="generate", ms=2.0) | {"shape": "b1_bf16_state"},
+        row("mamba_ssm", op="mixer_fwd", ms=9.0),
+    ]
+    compared = model.with_ratios(measured)
+    assert [r.get("ratio") for r in compared] == [2.0, 4.0, None, None, None]
+    lines = model.table(compared).splitlines()
+    assert len(lines) == 6 and "512" in lines[2] and "3.00" in lines[3]
+
+
+def test_one_failure_does_not_end_a_run(capsys):
+    assert model.attempt("good", lambda: 3) == 3
+    assert model.attempt("bad", lambda: 1 / 0) is None
+    assert "bad failed: division by zero" in capsys.readouterr().out
