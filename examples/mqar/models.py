@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mamba2_cuda.nn import Attention, Block, Mamba2, RMSNorm
@@ -49,7 +50,7 @@ def make_mixer(kind, d_model, d_state):
 
 
 class Recall(nn.Module):
-    """Embedding (and positions, for attention), blocks, norm, head."""
+    """Embedding (and positions, for attention), blocks, norm, and the embedding again as head."""
 
     def __init__(self, kind, d_model, d_state, vocab, l, layers=2):
         super().__init__()
@@ -62,7 +63,6 @@ class Recall(nn.Module):
             Block(d_model, make_mixer(kind, d_model, d_state)) for _ in range(layers)
         )
         self.norm = RMSNorm(d_model)
-        self.head = nn.Linear(d_model, vocab, bias=False)
 
     def forward(self, tokens, queries):
         """Logits (b, pairs, vocab) where the queries (b, pairs) are."""
@@ -72,4 +72,4 @@ class Recall(nn.Module):
         for block in self.blocks:
             u = block(u)
         u = u.gather(1, queries[..., None].expand(-1, -1, u.size(-1)))
-        return self.head(self.norm(u))
+        return F.linear(self.norm(u), self.embedding.weight)
