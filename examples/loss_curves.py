@@ -56,10 +56,11 @@ def parse(arguments):
 
 
 def plain_conv_scan_norm(
-    zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens, options
+    zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens, options, cache
 ):
     """nn.functional.conv_scan_norm out of reference/, in fp32 whatever autocast would make of it,
     rounded between the three operators as the kernels' results are."""
+    assert cu_seqlens is cache is None
     layout = options.layout
     with torch.autocast(zxBCdt.device.type, enabled=False):
         z, xBC, dt = layout.split(zxBCdt)
