@@ -7,13 +7,15 @@
 // is ever rounded or stored: at b 8, l 4096, h 80, p 64, n 128 the sweep moves 0.67 GB (x read,
 // states written) where separate kernels move 1.3 GB with 16-bit states and 2.3 GB with fp32 ones.
 //
-// grid: (sequence, head, tile of p, tile of n), n fastest, so that the blocks that read the same x
-// run together; a block walks its sequence in steps of 64 tokens. Warps split p (16 rows each); x~
-// is formed in registers, on the A operand. Shared memory at 64 x 128: a ring of 3 steps of x
-// (8 KB) and B (16 KB), and two chunks' weights: 73 KB, three blocks an SM.
-// Bound by HBM where b h is large; by the latency of a step where it is small, which is when
-// narrower n tiles double the blocks.
-// fp16: states, like all operands, must stay below 65504; bf16 has no such limit.
+// Long sequences that would leave SMs idle are cut into segments and swept twice: the first time
+// for what each segment adds to the state, fp32, and nothing else.
+//
+// grid: (sequence, segment, head, tile of p, tile of n), n fastest, so that the blocks that read
+// the same x run together; a block walks its segment in steps of 64 tokens. Warps split p (16 rows
+// each); x~ is formed in registers, on the A operand. Shared memory at 64 x 128: a ring of 3 steps
+// of x (8 KB) and B (16 KB), and two chunks' weights: 73 KB, three blocks an SM. Bound by HBM where
+// b h is large; by the latency of a step where it is small, which is when narrower n tiles double
+// the blocks. fp16: states, like all operands, must stay below 65504; bf16 has no such limit.
 #include "../core/launch.h"
 #include "../tile/sm80.cuh"
 #include "launch.h"
@@ -29,17 +31,22 @@ struct ChunkStateParams {
   const float* delta;          // (chunks, h, q)
   const float* a_cumsum_log2;  // (chunks, h, q)
   AnyFloat initial_states;     // (nseq, h, p, n), optional
-  void* states;                // (chunks, h, p, n)            T, out
+  void* states;                // (chunks, h, p, n)            T, out; not in the first pass
   float* final_states;         // (nseq, h, p, n)              out, optional
   Chunking chunking;
   int h, p, n, heads_per_group;
+  Segments segments;
+  bool first_pass;
 };
 
 // What a block works on. It lies in shared memory, for the accumulators leave no registers for it.
 struct Work {
-  Sequence sequence;
-  int i_seq, i_h, p_base, n_base;
-  int first, chunks;  // of the sequence
+  Sequence sequence;  // the segment's part of it
+  int i_h, p_base, n_base;
+  int first, chunks;  // of the segment
+  AnyFloat entering;  // optional, (.., h, p, n): the state before the segment, and after it
+  float* leaving;
+  int i_entering, i_leaving;
 };
 
 // A (kTileP, kTileN) tile of the state: each warp has 16 rows and kTileN / kWarpsN columns.
@@ -128,14 +135,14 @@ struct Sweep {
       }
     }
   }
-  MAMBA2_DEVICE void load_initial_state() {
+  MAMBA2_DEVICE void load_state() {
     MAMBA2_UNROLL for (auto& block : acc) {
       MAMBA2_UNROLL for (int i = 0; i < 8; ++i) block[i / 4][i % 4] = 0.f;
     }
-    const void* g_initial = params.initial_states.ptr;
+    const void* g_initial = work.entering.ptr;
     if (g_initial == nullptr) return;
-    const bool is_fp32 = params.initial_states.dtype == DType::f32;  // T otherwise
-    const int64_t at = matrix(work.i_seq);
+    const bool is_fp32 = work.entering.dtype == DType::f32;  // T otherwise
+    const int64_t at = matrix(work.i_entering);
     for_each_pair([&](int64_t i, float& left, float& right) {
       const float2 v =
           is_fp32 ? *reinterpret_cast<const float2*>(static_cast<const float*>(g_initial) + at + i)
@@ -144,9 +151,9 @@ struct Sweep {
       left = v.x, right = v.y;
     });
   }
-  MAMBA2_DEVICE void store_final_state() {
-    if (params.final_states == nullptr) return;
-    float* g_final = params.final_states + matrix(work.i_seq);
+  MAMBA2_DEVICE void store_state() {
+    if (work.leaving == nullptr) return;
+    float* g_final = work.leaving + matrix(work.i_leaving);
     for_each_pair([&](int64_t i, float& left, float& right) {
       *reinterpret_cast<float2*>(g_final + i) = float2{left, right};
     });
@@ -190,6 +197,31 @@ struct Sweep {
   }
 };
 
+// Segment k of a sequence: its tokens, where its state comes from and goes to. A segment that has
+// nothing to do has no chunks and no state to leave.
+MAMBA2_DEVICE void find_segment(Work& work, const ChunkStateParams& params, int i_seq, int k) {
+  const Segments& segments = params.segments;
+  const int all = params.chunking.count(i_seq), count = segments.of(all);
+  const int begin = k * segments.chunks, slot = i_seq * segments.count + k;
+  const bool is_last = k == count - 1;
+  work.sequence = params.chunking.sequence(i_seq);
+  work.first = params.chunking.first(i_seq) + begin;
+  work.chunks = is_last ? all - begin : segments.chunks;
+  work.sequence.token += int64_t(begin) * q;
+  work.sequence.length -= int64_t(begin) * q;
+  if (!is_last) work.sequence.length = int64_t(segments.chunks) * q;
+  work.entering = params.initial_states, work.i_entering = i_seq;
+  work.leaving = params.segments.carry, work.i_leaving = slot;
+  if (k > 0) work.entering = {params.first_pass ? nullptr : segments.carry, DType::f32};
+  if (k > 0) work.i_entering = slot - 1;
+  if (!params.first_pass) {
+    work.leaving = is_last ? params.final_states : nullptr, work.i_leaving = i_seq;
+  }
+  if (k >= count || (params.first_pass && is_last)) {
+    work.chunks = 0, work.sequence.length = 0, work.leaving = nullptr;
+  }
+}
+
 template <class Tile>
 MAMBA2_DEVICE Work find_work(const ChunkStateParams& params) {
   const int n_tiles = ceil_div(params.n, Tile::kTileN), p_tiles = ceil_div(params.p, Tile::kTileP);
@@ -197,10 +229,8 @@ MAMBA2_DEVICE Work find_work(const ChunkStateParams& params) {
   int i = static_cast<int>(blockIdx.x);
   work.n_base = i % n_tiles * Tile::kTileN, i /= n_tiles;
   work.p_base = i % p_tiles * Tile::kTileP, i /= p_tiles;
-  work.i_h = i % params.h, work.i_seq = i / params.h;
-  work.sequence = params.chunking.sequence(work.i_seq);
-  work.first = params.chunking.first(work.i_seq);
-  work.chunks = params.chunking.count(work.i_seq);
+  work.i_h = i % params.h, i /= params.h;
+  find_segment(work, params, i / params.segments.count, i % params.segments.count);
   return work;
 }
 
@@ -216,8 +246,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 
 
   Sweep<Tile> sweep{params, shared, work};
   MAMBA2_UNROLL for (int step = 0; step < kStages - 1; ++step) sweep.load_step(step);
-  sweep.load_initial_state();
   ptx::griddepcontrol_wait();
+  sweep.load_state();
   if (work.chunks > 0) sweep.store_weight(0, sweep.load_weight(work.first));
 
   for (int i_c = 0; i_c < work.chunks; ++i_c) {
@@ -229,21 +259,21 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 
       ptx::cp_async_wait_group<kStages - 2>();
       __syncthreads();  // the step has landed, and the stage of the step before is free
       sweep.load_step(step + kStages - 1);
-      if (half == 0) sweep.store_entering_state(work.first + i_c);
+      if (half == 0 && !params.first_pass) sweep.store_entering_state(work.first + i_c);
       sweep.scale(shared.decay[i_c % 2][half]);
       sweep.accumulate(step % kStages, shared.weight[i_c % 2] + half * kStepTokens);
     }
     if (i_c + 1 < work.chunks) sweep.store_weight(i_c + 1, next);
   }
-  sweep.store_final_state();
+  sweep.store_state();
 }
 
 template <class T, int tile_p, int tile_n>
 int run(const ChunkStateParams& params, int64_t nseq, const Device& device, void* stream) {
   using Tile = StateTile<T, tile_p, tile_n>;
   LaunchShape at;
-  at.grid = dim3(static_cast<unsigned>(nseq * params.h * ceil_div(params.p, tile_p) *
-                                       ceil_div(params.n, tile_n)));
+  at.grid = dim3(static_cast<unsigned>(nseq * params.segments.count * params.h *
+                                       ceil_div(params.p, tile_p) * ceil_div(params.n, tile_n)));
   at.threads = Tile::kThreads;
   at.smem_bytes = sizeof(typename Tile::Shared);
   at.programmatic = device.major >= 9;
@@ -254,7 +284,8 @@ template <class T, int tile_p>
 int choose_tile_n(const ChunkStateParams& params, int64_t nseq, const Device& device,
                   void* stream) {
   // Two blocks an SM hide the latency of a step; below that, halve the tiles.
-  const int64_t blocks = nseq * params.h * ceil_div(params.p, tile_p) * ceil_div(params.n, 128);
+  const int64_t blocks = nseq * params.segments.count * params.h * ceil_div(params.p, tile_p) *
+                         ceil_div(params.n, 128);
   return params.n > 64 && blocks >= 2 * device.sm_count
              ? run<T, tile_p, 128>(params, nseq, device, stream)
              : run<T, tile_p, 64>(params, nseq, device, stream);
@@ -276,15 +307,23 @@ int choose_tile_p(const ChunkStateParams& params, int64_t nseq, const Device& de
 }  // namespace
 
 int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
-                const float* a_cumsum_log2, void* states, float* final_states, const Device& device,
-                void* stream) {
+                const float* a_cumsum_log2, void* states, float* final_states,
+                const Segments& segments, const Device& device, void* stream) {
   const Range range("chunk_state");
   const Shape& shape = in.shape;
-  const ChunkStateParams params{
-      in.x,         in.B,     delta,   a_cumsum_log2, in.initial_states, states,
-      final_states, chunking, shape.h, shape.p,       shape.n,           shape.heads_per_group()};
-  return in.dtype == DType::bf16 ? choose_tile_p<bf16>(params, shape.nseq, device, stream)
-                                 : choose_tile_p<f16>(params, shape.nseq, device, stream);
+  ChunkStateParams params{
+      in.x,     in.B,    delta,   a_cumsum_log2, in.initial_states,       states,   final_states,
+      chunking, shape.h, shape.p, shape.n,       shape.heads_per_group(), segments, false};
+  const auto sweep = [&](bool first_pass) {
+    params.first_pass = first_pass;
+    return in.dtype == DType::bf16 ? choose_tile_p<bf16>(params, shape.nseq, device, stream)
+                                   : choose_tile_p<f16>(params, shape.nseq, device, stream);
+  };
+  if (segments.cut()) {
+    if (int e = sweep(true)) return e;
+    if (int e = segment_passing(shape, chunking, segments, a_cumsum_log2, false, stream)) return e;
+  }
+  return sweep(false);
 }
 
 }  // namespace mamba2::ssd::sm80

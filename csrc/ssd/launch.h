@@ -60,12 +60,38 @@ inline int head_dim_tile(int p, const Device& device) {
   return best;
 }
 
+// Sequences cut into segments, which the sweeps over chunks take side by side, in two passes: the
+// first leaves what each segment adds to the state, segment_passing makes of that what leaves it,
+// the second sweeps from there.
+struct Segments {
+  int chunks = 0;          // of a segment
+  int count = 1;           // of the longest sequence there can be; 1: sequences are not cut
+  float* carry = nullptr;  // (nseq, count, h, p, n) the state, or its gradient, leaving a segment
+
+  Segments() = default;
+  Segments(const Shape& shape, const Plan& plan)
+      : chunks(plan.segment_chunks),
+        count(chunks > 0 ? int(ceil_div(ceil_div(shape.l, int64_t(plan.q)), int64_t(chunks))) : 1) {
+  }
+  bool cut() const { return count > 1; }
+  int64_t carry_numel(const Shape& shape) const {
+    return cut() ? shape.nseq * count * shape.h * shape.p * shape.n : 0;
+  }
+  // Segments of a sequence of so many chunks, at least one.
+  MAMBA2_HD int of(int all_chunks) const {
+    return count == 1 || all_chunks <= chunks ? 1 : (all_chunks + chunks - 1) / chunks;
+  }
+};
+// ---- segment_passing_sm80.cu ----
+int segment_passing(const Shape& shape, const Chunking& chunking, const Segments& segments,
+                    const float* a_cumsum_log2, bool reverse, void* stream);
+
 // ---- chunk_state_sm80.cu: chunk_state and state_passing ----
 // states (chunks, h, p, n), x's dtype: the state entering each chunk. final_states (nseq, h, p, n),
 // optional. q of `chunking` is kChunkTokens, here and below.
 int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
-                const float* a_cumsum_log2, void* states, float* final_states, const Device& device,
-                void* stream);
+                const float* a_cumsum_log2, void* states, float* final_states,
+                const Segments& segments, const Device& device, void* stream);
 
 // ---- chunk_scan_sm80.cu ----
 // y from the states entering the chunks.

@@ -2,6 +2,7 @@
 // that `explain` answers on any machine.
 #include "plan.h"
 
+#include "plan_sm80.h"
 #include "plan_sm90.h"
 #include "tiers.h"
 
@@ -11,16 +12,6 @@ namespace mamba2::ssd {
 
 // The last tier: every type and size that passed the checks.
 bool any::supports(const Problem&, const Device&) { return true; }
-
-// 16-bit operands, p and n made of 16 x 16 blocks. The backward keeps x and dy of a chunk in shared
-// memory, which has no room for p beyond 128, nor, on cards with 99 KB of it, for p beyond 64.
-bool sm80::supports(const Problem& problem, const Device& device) {
-  const auto takes = [](int size) { return size % 16 == 0 && size <= 256; };
-  const bool is_16_bit = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
-  const int most_p = !problem.backward ? 256 : has_small_smem(device) ? 64 : 128;
-  return device.major >= 8 && is_16_bit && takes(problem.shape.p) && takes(problem.shape.n) &&
-         problem.shape.p <= most_p;
-}
 
 namespace {
 
@@ -67,6 +58,7 @@ Plan chosen_tier(const Problem& problem, const Device& device, int forced) {
 
 Plan make_plan(const Problem& problem, const Device& device, int forced) {
   Plan plan = chosen_tier(problem, device, forced);
+  if (plan.tier == Tier::sm80) sm80::plan_segments(problem, device, &plan);
   if (plan.tier == Tier::sm90 && !problem.backward) sm90::plan_forward(problem, device, &plan);
   return plan;
 }

@@ -41,7 +41,7 @@ struct Plan {
   Tier tier = Tier::any;
   int q = 64;                    // chunk length, tokens
   int variant = 0;               // tier's own
-  int segment_chunks = 0;        // sm90: chunks per segment (0: whole sequences)
+  int segment_chunks = 0;        // chunks per segment (0: whole sequences)
   bool batch_invariant = false;  // nothing may depend on b or on what a sequence is packed with
   const char* reason = "";
 };

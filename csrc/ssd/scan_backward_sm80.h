@@ -17,6 +17,7 @@ struct BackwardProblem {
   const float* delta = nullptr;          // (chunks, h, q)
   const float* a_cumsum_log2 = nullptr;  // (chunks, h, q)
   const float* a_rest_log2 = nullptr;    // (chunks, h, q)   what a_cumsum_log2 lacks
+  Segments segments;
   int sm_count = 1;
   int max_smem_bytes = 0;  // that a block of this card may have
 };

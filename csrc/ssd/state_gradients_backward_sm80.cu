@@ -7,12 +7,15 @@
 // Weights span 64 tokens, half a chunk: those that lie just below 1 all round one way, and the more
 // so the more tokens they span.
 //
-// grid: (sequence, slice of p, slice of n, head), heads fastest, so that blocks of one group share
-// C in L2. A block owns 64 x kN of G; a warp 16 x 64. sum_i w_i dy_i C_i^T is a product with dy
-// transposed as the A operand, whose columns (the tokens) are weighted in registers. Two stages of
-// (dy, C), a chunk each: 98 KB at kN 128, two blocks an SM. Narrow slices double the blocks where
-// they are few; the bits are the same.
-// Bound by HBM (dy and S read, G written), and where b h is small by the latency of a step.
+// Long sequences that would leave SMs idle are cut into segments and swept twice, as chunk_state
+// is: the first time for what each segment adds to the gradient.
+//
+// grid: (sequence, segment, slice of p, slice of n, head), heads fastest, so that blocks of one
+// group share C in L2. A block owns 64 x kN of G; a warp 16 x 64. sum_i w_i dy_i C_i^T is a product
+// with dy transposed as the A operand, whose columns (the tokens) are weighted in registers. Two
+// stages of (dy, C), a chunk each: 98 KB at kN 128, two blocks an SM. Narrow slices double the
+// blocks where they are few; the bits are the same. Bound by HBM (dy and S read, G written), and
+// where b h is small by the latency of a step.
 #include "../core/launch.h"
 #include "tiles_backward_sm80.cuh"
 
@@ -27,6 +30,8 @@ struct GradientParams {
   Chunking chunking;
   int chunks, h, heads_per_group, p, n;
   const float* a_cumsum_log2;  // (chunks, h, q)
+  Segments segments;
+  bool first_pass;
 };
 
 template <class T, int kN>
@@ -44,21 +49,51 @@ struct GradientShared {
   Stage stage[2];
 };
 
-// The block's and the warp's place in the state of a head of a sequence.
+// The block's and the warp's place in the state of a head, and which segment of which sequence.
 struct Place {
-  int i_seq, i_h, p0, n0, warp_p, warp_n;
+  int i_seq, segment, i_h, p0, n0, warp_p, warp_n;
   template <int kN>
   static MAMBA2_DEVICE Place of(const GradientParams& params) {
     const int slices_n = ceil_div(params.n, kN), slices_p = ceil_div(params.p, kP);
     const int i_h = blockIdx.x % params.h, i = blockIdx.x / params.h, warp = threadIdx.x / 32;
-    return {i / slices_n / slices_p, i_h,           i / slices_n % slices_p * kP, i % slices_n * kN,
-            warp % kWarpsP,          warp / kWarpsP};
+    const int sweep = i / slices_n / slices_p, segments = params.segments.count;
+    return {sweep / segments,  sweep % segments, i_h,           i / slices_n % slices_p * kP,
+            i % slices_n * kN, warp % kWarpsP,   warp / kWarpsP};
   }
   MAMBA2_DEVICE int m() const { return 16 * warp_p; }
   MAMBA2_DEVICE int n() const { return kWarpN * warp_n; }
   // Parts of K: of 64 rows and 64 columns each, whatever a block owns.
   MAMBA2_DEVICE int part(const GradientParams& params, int column_slice) const {
     return p0 / kP * ceil_div(params.n, kWarpN) + n0 / kWarpN + column_slice;
+  }
+};
+
+// The chunks of the block's segment, and where its G comes from and goes to: (.., h, p, n),
+// optional. A segment that has nothing to do has no chunks and no place for G.
+struct Segment {
+  int first, count;
+  bool begins_sequence;
+  const float* from;
+  float* to;
+  MAMBA2_DEVICE Segment(const GradientParams& params, const Place& at) {
+    const Segments& segments = params.segments;
+    const StateGradients& scan = params.scan;
+    const int all = params.chunking.count(at.i_seq), in_sequence = segments.of(all);
+    const int64_t state = int64_t(params.p) * params.n, heads = params.h * state;
+    const int64_t sequence = at.i_seq * heads + at.i_h * state;
+    float* slot =
+        segments.carry + (int64_t(at.i_seq) * segments.count + at.segment) * heads + at.i_h * state;
+    const bool is_last = at.segment == in_sequence - 1;
+    begins_sequence = at.segment == 0;
+    first = params.chunking.first(at.i_seq) + at.segment * segments.chunks;
+    count = is_last ? all - at.segment * segments.chunks : segments.chunks;
+    from = scan.d_final_states ? scan.d_final_states + sequence : nullptr;
+    if (!is_last) from = params.first_pass ? nullptr : slot + heads;
+    to = begins_sequence && scan.d_initial_states ? scan.d_initial_states + sequence : nullptr;
+    if (params.first_pass) to = slot;
+    if (at.segment >= in_sequence || (params.first_pass && begins_sequence)) {
+      count = 0, to = nullptr;
+    }
   }
 };
 
@@ -198,24 +233,30 @@ MAMBA2_DEVICE void advance(Gradient& G, const Stage& stage, const Place& at) {
   }
 }
 
+// The state (p, n) that enters this sequence, before its rounding; null where there is none.
+MAMBA2_DEVICE const float* initial_state(const GradientParams& params, const Place& at) {
+  const float* states = params.scan.initial_states;
+  return states ? states + (int64_t(at.i_seq) * params.h + at.i_h) * params.p * params.n : nullptr;
+}
+
 template <class T, int kN>
 __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
     state_gradients_kernel(const MAMBA2_GRID_CONSTANT GradientParams params) {
   auto& shared = *static_cast<GradientShared<T, kN>*>(ptx::dynamic_smem());
   const Place at = Place::of<kN>(params);
-  const int first = params.chunking.first(at.i_seq), count = params.chunking.count(at.i_seq);
-  const int64_t base = (int64_t(at.i_seq) * params.h + at.i_h) * params.p * params.n;
+  const Segment segment(params, at);
+  const int first = segment.first, count = segment.count;
 
   Gradient G;
-  if (params.scan.d_final_states) {
+  if (segment.from) {
     G.for_pairs(params, at, [&](int64_t i, float* pair) {
-      const float2 v = *reinterpret_cast<const float2*>(params.scan.d_final_states + base + i);
+      const float2 v = *reinterpret_cast<const float2*>(segment.from + i);
       pair[0] = v.x, pair[1] = v.y;
     });
   }
   uint4 S[kTiles];
   if (count > 0) {
-    load_S<T>(S, params, at, first + count - 1);
+    if (!params.first_pass) load_S<T>(S, params, at, first + count - 1);
     start_chunk<T, kN>(shared.stage[0], params, at, first + count - 1);
     store_weight(shared.stage[0], load_weight(params, at, first + count - 1));
   }
@@ -226,41 +267,43 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
     ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // this stage is full, the other one no longer read
-    if (i > 0) store_K<kN>(other, params, at, i_chunk + 1);
+    if (i > 0 && !params.first_pass) store_K<kN>(other, params, at, i_chunk + 1);
     Weight next;
     if (i + 1 < count) {
       start_chunk<T, kN>(other, params, at, i_chunk - 1);
       next = load_weight(params, at, i_chunk - 1);
     }
-    const bool unrounded = i_chunk == first && params.scan.initial_states;
-    store_state<T>(G, S, unrounded ? params.scan.initial_states + base : nullptr, stage, params, at,
-                   i_chunk);
-    if (i + 1 < count) load_S<T>(S, params, at, i_chunk - 1);
+    if (!params.first_pass) {
+      const bool unrounded = segment.begins_sequence && i_chunk == first;
+      store_state<T>(G, S, unrounded ? initial_state(params, at) : nullptr, stage, params, at,
+                     i_chunk);
+      if (i + 1 < count) load_S<T>(S, params, at, i_chunk - 1);
+    }
     advance<T>(G, stage, at);
     if (i + 1 < count) store_weight(other, next);
   }
   __syncthreads();
-  if (count > 0) store_K<kN>(shared.stage[~count & 1], params, at, first);
-  if (params.scan.d_initial_states) {
+  if (count > 0 && !params.first_pass) store_K<kN>(shared.stage[~count & 1], params, at, first);
+  if (segment.to) {
     G.for_pairs(params, at, [&](int64_t i, float* pair) {
-      *reinterpret_cast<float2*>(params.scan.d_initial_states + base + i) =
-          float2{pair[0], pair[1]};
+      *reinterpret_cast<float2*>(segment.to + i) = float2{pair[0], pair[1]};
     });
   }
 }
 
 template <class T, int kN>
-int run(const GradientParams& params, int64_t sequences, void* stream) {
+int run(const GradientParams& params, int64_t sweeps, void* stream) {
   const int64_t slices = ceil_div(params.p, kP) * ceil_div(params.n, kN);
-  const LaunchShape at{dim3(static_cast<unsigned>(sequences * slices * params.h)), 2 * kN,
+  const LaunchShape at{dim3(static_cast<unsigned>(sweeps * slices * params.h)), 2 * kN,
                        sizeof(GradientShared<T, kN>)};
   return launch(state_gradients_kernel<T, kN>, at, stream, params);
 }
 template <class T>
 int run(const GradientParams& params, int64_t sequences, int sm_count, void* stream) {
-  const int64_t wide = sequences * params.h * ceil_div(params.p, kP) * ceil_div(params.n, 128);
-  return params.n > 64 && wide >= 2 * sm_count ? run<T, 128>(params, sequences, stream)
-                                               : run<T, 64>(params, sequences, stream);
+  const int64_t sweeps = sequences * params.segments.count;
+  const int64_t wide = sweeps * params.h * ceil_div(params.p, kP) * ceil_div(params.n, 128);
+  return params.n > 64 && wide >= 2 * sm_count ? run<T, 128>(params, sweeps, stream)
+                                               : run<T, 64>(params, sweeps, stream);
 }
 
 }  // namespace
@@ -272,11 +315,21 @@ int state_gradients_parts(const Shape& shape) {
 int state_gradients(const BackwardProblem& problem, const StateGradients& scan, void* stream) {
   const Range range("state_gradients");
   const Shape& shape = problem.shape;
-  const GradientParams params{scan,    problem.chunking,        problem.chunks,
-                              shape.h, shape.heads_per_group(), shape.p,
-                              shape.n, problem.a_cumsum_log2};
-  return problem.dtype == DType::bf16 ? run<bf16>(params, shape.nseq, problem.sm_count, stream)
-                                      : run<f16>(params, shape.nseq, problem.sm_count, stream);
+  GradientParams params{
+      scan,    problem.chunking, problem.chunks,        shape.h,          shape.heads_per_group(),
+      shape.p, shape.n,          problem.a_cumsum_log2, problem.segments, false};
+  const auto sweep = [&](bool first_pass) {
+    params.first_pass = first_pass;
+    return problem.dtype == DType::bf16 ? run<bf16>(params, shape.nseq, problem.sm_count, stream)
+                                        : run<f16>(params, shape.nseq, problem.sm_count, stream);
+  };
+  if (problem.segments.cut()) {
+    if (int error = sweep(true)) return error;
+    if (int error = segment_passing(shape, problem.chunking, problem.segments,
+                                    problem.a_cumsum_log2, true, stream))
+      return error;
+  }
+  return sweep(false);
 }
 
 }  // namespace mamba2::ssd::sm80

@@ -3,7 +3,8 @@
 //   [chunk_table] -> chunk_cumsum -> chunk_state + state_passing -> chunk_scan
 // Each starts while the one before it drains (programmatic dependent launch, sm_90 on).
 // Workspace: delta and a_cumsum_log2, 8 bytes a token and head, and the states entering the chunks,
-// 2 p n / 128 bytes a token and head, unless save_states keeps those for the backward.
+// 2 p n / 128 bytes a token and head, unless save_states keeps those for the backward; and what
+// segments of long sequences leave (Segments in launch.h).
 #include "../core/workspace.h"
 #include "launch.h"
 #include "stages_any.h"
@@ -20,20 +21,23 @@ int64_t numel_of_states(const Shape& shape) {
 struct ForwardMemory {
   void *chunk_table, *states;
   float *delta, *a_cumsum_log2;
-  ForwardMemory(const Shape& shape, bool keeps_states, Workspace& memory) {
+  Segments segments;
+  ForwardMemory(const Shape& shape, const Plan& plan, bool keeps_states, Workspace& memory)
+      : segments(shape, plan) {
     const int64_t steps = shape.chunks(kChunkTokens) * shape.h * kChunkTokens;
     chunk_table = memory.take(chunking_bytes(shape, kChunkTokens));
     delta = memory.take_array<float>(steps);
     a_cumsum_log2 = memory.take_array<float>(steps);
     states = keeps_states ? nullptr : memory.take_array<uint16_t>(numel_of_states(shape));
+    segments.carry = memory.take_array<float>(segments.carry_numel(shape));
   }
 };
 
 }  // namespace
 
-std::size_t forward_workspace_bytes(const Problem& problem, const Plan&, const Device&) {
+std::size_t forward_workspace_bytes(const Problem& problem, const Plan& plan, const Device&) {
   Workspace counting;
-  ForwardMemory(problem.shape, problem.save_states, counting);
+  ForwardMemory(problem.shape, plan, problem.save_states, counting);
   return counting.bytes();
 }
 
@@ -41,11 +45,11 @@ int64_t chunk_states_numel(const Problem& problem, const Plan&) {
   return numel_of_states(problem.shape);
 }
 
-int forward(const ForwardParams& params, const Plan&, const Device& device, void* workspace,
+int forward(const ForwardParams& params, const Plan& plan, const Device& device, void* workspace,
             void* stream) {
   const Inputs& in = params.in;
   Workspace space(workspace);
-  const ForwardMemory memory(in.shape, params.chunk_states != nullptr, space);
+  const ForwardMemory memory(in.shape, plan, params.chunk_states != nullptr, space);
   void* states = params.chunk_states ? params.chunk_states : memory.states;
   float *delta = memory.delta, *a_cumsum_log2 = memory.a_cumsum_log2;
 
@@ -53,8 +57,8 @@ int forward(const ForwardParams& params, const Plan&, const Device& device, void
   if (int e = make_chunking(in, kChunkTokens, memory.chunk_table, &chunking, stream)) return e;
   if (int e = chunk_cumsum(in, chunking, delta, a_cumsum_log2, stream)) return e;
   float* final_states = static_cast<float*>(params.final_states);
-  if (int e =
-          chunk_state(in, chunking, delta, a_cumsum_log2, states, final_states, device, stream)) {
+  if (int e = chunk_state(in, chunking, delta, a_cumsum_log2, states, final_states, memory.segments,
+                          device, stream)) {
     return e;
   }
   if (params.log_decay) {  // ssd_segment_state wants no y

@@ -11,6 +11,7 @@
 // dy silu(z).
 #include "../core/workspace.h"
 #include "delta_backward.h"
+#include "plan_sm80.h"
 #include "scan_backward_sm80.h"
 #include "tiers.h"
 
@@ -22,8 +23,10 @@ struct BackwardMemory {
   void *chunk_table, *S, *G, *dCB, *d_y, *delta_backward;
   float *delta, *a_cumsum_log2, *a_rest_log2, *partial, *rows, *columns, *to_state, *from_state, *K,
       *dD;
+  Segments segments;
 
-  BackwardMemory(const Problem& problem, Workspace& memory) {
+  BackwardMemory(const Problem& problem, const Plan& plan, Workspace& memory)
+      : segments(problem.shape, plan) {
     const Shape& shape = problem.shape;
     const int64_t chunks = shape.chunks(q), tokens = chunks * shape.h * q;
     const int64_t states = chunks * shape.h * shape.p * shape.n, splits = head_splits(shape);
@@ -42,16 +45,17 @@ struct BackwardMemory {
     columns = memory.take_array<float>(tokens);
     to_state = memory.take_array<float>(tokens);
     from_state = memory.take_array<float>(tokens * group_scan_parts(shape));
+    segments.carry = memory.take_array<float>(segments.carry_numel(shape));
     K = memory.take_array<float>(chunks * shape.h * state_gradients_parts(shape));
     dD = memory.take_array<float>(chunks * shape.h * shape.p);
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
   }
 };
 
-// Shared memory that a block may have, by compute capability. Variant 1 of a plan asks for no more
-// than the small cards have.
+// Shared memory that a block may have, by compute capability. A plan may ask for no more than
+// the small cards have.
 int max_smem_bytes(const Device& device, const Plan& plan) {
-  if (has_small_smem(device) || plan.variant == 1) return 99 * 1024;
+  if (has_small_smem(device) || plan.variant & kSmallSmem) return 99 * 1024;
   return device.major == 8 ? 163 * 1024 : 227 * 1024;
 }
 
@@ -81,7 +85,7 @@ struct Backward {
       return error;
     if (params.chunk_states) return 0;
     return chunk_state(in, problem.chunking, memory.delta, memory.a_cumsum_log2, memory.S, nullptr,
-                       device, stream);
+                       memory.segments, device, stream);
   }
   int pass_gate() {
     dy = params.dy;
@@ -168,9 +172,9 @@ struct Backward {
 
 }  // namespace
 
-std::size_t backward_workspace_bytes(const Problem& problem, const Plan&, const Device&) {
+std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan, const Device&) {
   Workspace counted;
-  BackwardMemory(problem, counted);
+  BackwardMemory(problem, plan, counted);
   return counted.bytes();
 }
 
@@ -182,7 +186,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   sizes.has_z = static_cast<bool>(in.z);
   sizes.save_states = params.chunk_states != nullptr;
   Workspace carved(workspace);
-  const BackwardMemory memory(sizes, carved);
+  const BackwardMemory memory(sizes, plan, carved);
   Backward run{params, memory, device, stream};
   BackwardProblem& problem = run.problem;
   problem.shape = in.shape;
@@ -191,6 +195,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   problem.delta = memory.delta;
   problem.a_cumsum_log2 = memory.a_cumsum_log2;
   problem.a_rest_log2 = memory.a_rest_log2;
+  problem.segments = memory.segments;
   problem.sm_count = device.sm_count;
   problem.max_smem_bytes = max_smem_bytes(device, plan);
 

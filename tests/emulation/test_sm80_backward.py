@@ -34,6 +34,10 @@ SMALL = FACTORS | {
 CASES = [case_of(row, seed) for seed, row in enumerate(pairwise(SMALL))]
 
 
+# Cuts sequences into segments of two chunks.
+SM80_SEGMENTS = SM80 | 2 << 4
+
+
 @pytest.fixture
 def run(emulated):
     return run_ops(emulated.ops, SM80)
@@ -172,6 +176,18 @@ def test_a_packed_sequence_is_as_if_alone(run):
     for name in ("dx", "d_dt", "dB", "dC"):
         assert torch.equal(packed[name][:, 37:], single[name]), name
     assert torch.equal(packed["d_initial_states"][1:], single["d_initial_states"])
+
+
+@pytest.mark.parametrize("case", [
+    Case(b=1, l=900, h=2, g=1, p=16, n=16, dtype=BF16, D="h", initial_states="working"),
+    Case(l=650, h=2, p=32, n=80, g=1, dtype=torch.float16, initial_states="x", decay="weak"),
+    Case(b=1, l=1100, h=2, g=1, p=16, n=16, dtype=BF16, initial_states="working", decay="weak",
+         cu_seqlens=(3, 3, 10, 800, 1090)),
+    Case(b=1, l=700, h=2, g=1, p=80, n=16, dtype=BF16, z=True, save_states=True),
+], ids=str)  # fmt: skip
+def test_segments(emulated, case, nan_filled):
+    """Sequences of up to four segments, beside some of one and of none."""
+    check(run_ops(emulated.ops, SM80_SEGMENTS), case)
 
 
 def test_destinations(emulated):

@@ -139,3 +139,17 @@ def test_segment_state(emulated, run):
     assert torch.equal(state, run(inputs)["final_states"])
     delta = torch.nn.functional.softplus(dt.double() + bias.double())
     torch.testing.assert_close(log_decay.double(), (delta * A).sum(1), rtol=1e-5, atol=0)
+
+
+def test_a_sequence_is_cut_unless_batch_invariant(emulated):
+    """From the third segment on a state is the sum of what segments add, in other bits."""
+    case = Case(b=1, l=3100, h=1, g=1, p=16, n=16, dtype=torch.bfloat16, decay="weak")
+    tensors, options = op_arguments(make_inputs(case))
+
+    def final_states(sms, plan):
+        emulated.schedule(sms=sms)
+        return emulated.ops.ssd_scan_forward(*tensors, *options, True, False, plan)[1]
+
+    invariant = final_states(1000, SM80 | 1 << 8)
+    assert torch.equal(invariant, final_states(1, SM80 | 1 << 8))
+    assert not torch.equal(invariant, final_states(1000, SM80))
