@@ -43,9 +43,6 @@ MAMBA2_DEVICE float rcp(float x) {
 MAMBA2_DEVICE void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-MAMBA2_DEVICE void bar_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // Flags in global memory, between blocks of one grid.
 MAMBA2_DEVICE int ld_acquire_gpu(const int* p) {
@@ -71,11 +68,6 @@ MAMBA2_DEVICE float4 ld_cg_v4(const float* p) {
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "l"(p)
                : "memory");
-  return v;
-}
-MAMBA2_DEVICE float2 ld_cg_v2(const float* p) {
-  float2 v;
-  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }
 // Programmatic dependent launch: wait for the kernels before this one; let the next one start.

@@ -137,13 +137,6 @@ inline void mbarrier_wait(Mbarrier* b, uint32_t parity) {
     wait_in(state.waiters, "mbarrier", window_address(b, 8, "mbarrier_wait"));
   }
 }
-inline bool mbarrier_test(Mbarrier* b, uint32_t parity) {
-  using namespace emulation;
-  MbarrierState& state = mbarrier_at(b, "mbarrier_test");
-  if (!one_in(8) && passed(state, parity)) return true;  // may miss, as the hardware's
-  spin("mbarrier_test");
-  return false;
-}
 
 template <int kRegisters>
 void setmaxnreg_inc() {

@@ -5,7 +5,7 @@
 
 namespace mamba2::emulation {
 
-inline void named_barrier(int id, int threads, bool wait) {
+inline void named_barrier(int id, int threads) {
   Block& block = *grid->current->block;
   if (id < 1 || id > 15) fault("named barrier %d: must be 1 to 15", id);
   if (threads <= 0 || threads % 32 || threads > grid->threads) {
@@ -20,7 +20,7 @@ inline void named_barrier(int id, int threads, bool wait) {
   if (++b.arrived == threads) {
     release_if_complete(b, threads);
     yield_after_release();
-  } else if (wait) {
+  } else {
     wait_in(b.waiters, "named barrier", static_cast<uint32_t>(id));
   }
 }
@@ -160,8 +160,7 @@ inline float flush_subnormal(float v) { return std::fabs(v) < 1.17549435e-38f ? 
 inline float ex2(float x) { return flush_subnormal(std::exp2(flush_subnormal(x))); }
 inline float rcp(float x) { return flush_subnormal(1.0f / flush_subnormal(x)); }
 
-inline void bar_sync(int id, int threads) { emulation::named_barrier(id, threads, true); }
-inline void bar_arrive(int id, int threads) { emulation::named_barrier(id, threads, false); }
+inline void bar_sync(int id, int threads) { emulation::named_barrier(id, threads); }
 
 inline int ld_acquire_gpu(const int* p) {
   emulation::spin("ld_acquire_gpu");
@@ -182,10 +181,6 @@ inline int atom_add_relaxed_gpu(int* p, int v) {
 inline float4 ld_cg_v4(const float* p) {
   emulation::require_aligned(p, 16, "ld_cg_v4");
   return *reinterpret_cast<const float4*>(p);
-}
-inline float2 ld_cg_v2(const float* p) {
-  emulation::require_aligned(p, 8, "ld_cg_v2");
-  return *reinterpret_cast<const float2*>(p);
 }
 inline void griddepcontrol_wait() { emulation::grid->current->block->waited_for_grid = true; }
 inline void griddepcontrol_launch_dependents() {}

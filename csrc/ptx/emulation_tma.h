@@ -208,6 +208,5 @@ inline void prefetch_tensormap(const TensorMap* map) {
   if (map->rank == 0) emulation::fault("prefetch_tensormap: the map was never encoded");
 }
 inline void fence_proxy_async_shared() { emulation::grid->current->block->has_proxy_fence = true; }
-inline void fence_proxy_async_global() {}
 
 }  // namespace mamba2::ptx

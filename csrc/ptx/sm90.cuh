@@ -29,10 +29,6 @@ MAMBA2_DEVICE void mbarrier_wait(Mbarrier* b, uint32_t parity) {
   while (!cuda::ptx::mbarrier_try_wait_parity(b, parity)) {
   }
 }
-// The same without waiting.
-MAMBA2_DEVICE bool mbarrier_test(Mbarrier* b, uint32_t parity) {
-  return cuda::ptx::mbarrier_try_wait_parity(b, parity);
-}
 
 // ---- copies by the asynchronous engines; coordinates innermost first, in elements ----
 MAMBA2_DEVICE void tma_load_3d(void* smem, const TensorMap* map, int c0, int c1, int c2,
@@ -81,10 +77,6 @@ MAMBA2_DEVICE void prefetch_tensormap(const TensorMap* map) {
 // Ordinary shared-memory accesses before, asynchronous-engine (TMA, wgmma) accesses after.
 MAMBA2_DEVICE void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// Ordinary global accesses of this thread, ordered with asynchronous-engine global accesses.
-MAMBA2_DEVICE void fence_proxy_async_global() {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // ---- registers and matrices ----

@@ -5,7 +5,7 @@
 //     columns sum_{i>=j} V_ij
 //   F_j / delta_j = 2^(s_q-s_j) x_j.(G B_j)
 //   dCB_ij = sum over heads of L_ij delta_j (dy_i.x_j), rounded once
-// L_ij = 2^(s_i - s_j) with s in two words: between tokens that forget all, s is large and V small.
+// L_ij = 2^(s_i - s_j), with s in two words where it is large: between tokens that forget all.
 //
 // grid: (chunk, group, split of the group's heads); a block runs over the heads of its split with
 // dCB in registers. Blocks of 16 x 16 tokens, on and below the diagonal only: a warp owns 16 tokens

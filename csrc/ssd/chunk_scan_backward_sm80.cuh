@@ -121,6 +121,22 @@ MAMBA2_DEVICE void scores(float (&W)[2][4], const Stage<Kind>& stage, const Scan
   }
 }
 
+// s_i - s_j for the block's tokens, from both words of s.
+template <class Stage>
+MAMBA2_DEVICE void log2_decays(float (&log2_L)[2][4], const Stage& stage, const Rows& rows,
+                               int first_i) {
+  MAMBA2_UNROLL for (int t = 0; t < 2; ++t) {
+    const int column = first_i + 8 * t + tile::fragment_col();
+    const float2 s_i = *reinterpret_cast<const float2*>(stage.s + column);
+    const float2 rest_i = *reinterpret_cast<const float2*>(stage.rest + column);
+    MAMBA2_UNROLL for (int e = 0; e < 4; ++e) {
+      const int r = e >> 1;
+      const float s = (e & 1 ? s_i.y : s_i.x) - rows.s[r];
+      log2_L[t][e] = s + ((e & 1 ? rest_i.y : rest_i.x) - rows.rest[r]);
+    }
+  }
+}
+
 // The block of tokens i x j: its part of dx (64 channels from p0), and, once, of dCB and the sums.
 template <class Kind>
 MAMBA2_DEVICE void inside_block(float (&dx)[8][4], float (&dCB)[2][4], Sums& sums,
@@ -132,21 +148,18 @@ MAMBA2_DEVICE void inside_block(float (&dx)[8][4], float (&dCB)[2][4], Sums& sum
   const int first_i = kBlock * block_i, block_j = rows.first / kBlock;
   float W[2][4] = {};
   if (once) scores(W, stage, params, first_i, rows.first);
+  float log2_L[2][4];
+  log2_decays(log2_L, stage, rows, first_i);
   float M[2][4];       // L_ij (C_i.B_j)
   float R[2][2] = {};  // this lane's share of R_i
   const float4* CB = shared.CB_at(block_i, block_j);
   MAMBA2_UNROLL for (int t = 0; t < 2; ++t) {
     const float4 cb4 = CB[32 * t];
     const float cb[4] = {cb4.x, cb4.y, cb4.z, cb4.w};
-    const int column = first_i + 8 * t + tile::fragment_col();
-    const float2 s_i2 = *reinterpret_cast<const float2*>(stage.s + column);
-    const float2 rest_i2 = *reinterpret_cast<const float2*>(stage.rest + column);
-    const float s_i[2] = {s_i2.x, s_i2.y}, rest_i[2] = {rest_i2.x, rest_i2.y};
     MAMBA2_UNROLL for (int e = 0; e < 4; ++e) {
       const int r = e >> 1, c = e & 1;
       const int i = 8 * t + tile::fragment_col() + c, j = tile::fragment_row() + 8 * r;
-      const float log2_L = (s_i[c] - rows.s[r]) + (rest_i[c] - rows.rest[r]);
-      const float L = on_diagonal && i < j ? 0.f : ptx::ex2(log2_L);
+      const float L = on_diagonal && i < j ? 0.f : ptx::ex2(log2_L[t][e]);
       M[t][e] = L * cb[e];
       if (!once) continue;
       const float V = M[t][e] * W[t][e];

@@ -1,14 +1,15 @@
 // chunk_state and state_passing in one sweep over the chunks of a sequence:
 //   S_next = 2^s_q S + sum_j x~_j B_j^T,   x~_j = 2^(s_q - s_j) delta_j x_j
-// where q is the end of a step of 64 tokens, half a chunk: weights that lie just below 1 all round
-// one way, and the more so the more tokens they span.
 // writes the state ENTERING each chunk, rounded to the dtype for chunk_scan, and the final state in
-// fp32. S stays in fp32 accumulators from the first token to the last, so that no chunk's own state
-// is ever rounded or stored: at b 8, l 4096, h 80, p 64, n 128 the sweep moves 0.67 GB (x read,
-// states written) where separate kernels move 1.3 GB with 16-bit states and 2.3 GB with fp32 ones.
+// fp32. The sum is taken over 64 tokens, half a chunk, at a time (q is their last): weights just
+// below 1 all round one way, and the more so the more tokens they span. S stays in fp32
+// accumulators from the first token to the last, so that no chunk's own state is ever rounded or
+// stored: at b 8, l 4096, h 80, p 64, n 128 the sweep moves 0.67 GB (x read, states written) where
+// separate kernels move 1.3 GB with 16-bit states and 2.3 GB with fp32 ones.
 //
 // Long sequences that would leave SMs idle are cut into segments and swept twice: the first time
-// for what each segment adds to the state, fp32, and nothing else.
+// for what each segment adds to the state, fp32, and nothing else; the first chunks of a segment
+// whose later ones forget all that was before are left out of that.
 //
 // grid: (sequence, segment, head, tile of p, tile of n), n fastest, so that the blocks that read
 // the same x run together; a block walks its segment in steps of 64 tokens. Warps split p (16 rows
@@ -18,7 +19,7 @@
 // the blocks. fp16: states, like all operands, must stay below 65504; bf16 has no such limit.
 #include "../core/launch.h"
 #include "../tile/sm80.cuh"
-#include "launch.h"
+#include "segments_sm80.cuh"
 
 namespace mamba2::ssd::sm80 {
 namespace {
@@ -222,6 +223,17 @@ MAMBA2_DEVICE void find_segment(Work& work, const ChunkStateParams& params, int 
   }
 }
 
+// First pass, by one warp: leaves out what the rest of the segment forgets.
+MAMBA2_DEVICE void skip_forgotten(Work& work, const ChunkStateParams& params) {
+  const int skipped = work.chunks - remembered_chunks(params.a_cumsum_log2, work.first, work.chunks,
+                                                      params.h, work.i_h, false);
+  __syncwarp();
+  if (skipped == 0 || threadIdx.x > 0) return;
+  work.first += skipped, work.chunks -= skipped;
+  work.sequence.token += int64_t(skipped) * q, work.sequence.length -= int64_t(skipped) * q;
+  work.entering.ptr = nullptr;
+}
+
 template <class Tile>
 MAMBA2_DEVICE Work find_work(const ChunkStateParams& params) {
   const int n_tiles = ceil_div(params.n, Tile::kTileN), p_tiles = ceil_div(params.p, Tile::kTileP);
@@ -243,6 +255,11 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 
   if (params.chunking.table) ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) shared.work = find_work<Tile>(params);
   __syncthreads();
+  if (params.first_pass) {
+    ptx::griddepcontrol_wait();
+    if (threadIdx.x < 32) skip_forgotten(shared.work, params);
+    __syncthreads();
+  }
 
   Sweep<Tile> sweep{params, shared, work};
   MAMBA2_UNROLL for (int step = 0; step < kStages - 1; ++step) sweep.load_step(step);

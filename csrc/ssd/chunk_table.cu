@@ -87,6 +87,19 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1) chunk_table_kernel(TableParams
   }
 }
 
+// Outputs with rows that may belong to no sequence.
+struct ZeroTargets {
+  struct Target {
+    StridedOut out;  // (1, l, h, width)
+    int h, width;
+    int element_bytes;  // 2, 4 or 8
+  };
+  Target at[5];
+  int count = 0;
+  void add(const StridedOut& out, int h, int width, DType dtype) {
+    if (out) at[count++] = {out, h, width, static_cast<int>(size_of(dtype))};
+  }
+};
 struct ZeroParams {
   const int* first_token;  // (nseq + 1)
   int nseq, l;
@@ -118,6 +131,26 @@ __global__ void zero_outside_kernel(MAMBA2_GRID_CONSTANT const ZeroParams params
       }
     }
   }
+}
+
+// grid: blocks stride over the words of the chunks that do not exist.
+__global__ void zero_beyond_last_chunk_kernel(const int* chunk_count, int chunks, uint32_t* kept,
+                                              int64_t words_per_chunk) {
+  const int64_t end = chunks * words_per_chunk, stride = int64_t(gridDim.x) * blockDim.x;
+  const int64_t first = *chunk_count * words_per_chunk + int64_t(blockIdx.x) * blockDim.x;
+  for (int64_t i = first + threadIdx.x; i < end; i += stride) kept[i] = 0;
+}
+
+int zero_outside(const Shape& shape, const Chunking& chunking, const ZeroTargets& targets,
+                 void* stream) {
+  const Range range("zero_outside");
+  if (!shape.packed || targets.count == 0) return 0;
+  const ZeroParams params{chunking.first_token, static_cast<int>(shape.nseq),
+                          static_cast<int>(shape.l), targets};
+  LaunchShape at;
+  at.grid = dim3(static_cast<unsigned>(shape.l < 1024 ? shape.l : 1024));
+  at.threads = 256;
+  return launch(zero_outside_kernel, at, stream, params);
 }
 
 }  // namespace
@@ -154,16 +187,34 @@ int make_chunking(const Inputs& in, int q, void* memory, Chunking* out, void* st
   return launch(chunk_table_kernel, at, stream, params);
 }
 
-int zero_outside(const Shape& shape, const Chunking& chunking, const ZeroTargets& targets,
-                 void* stream) {
-  const Range range("zero_outside");
-  if (!shape.packed || targets.count == 0) return 0;
-  const ZeroParams params{chunking.first_token, static_cast<int>(shape.nseq),
-                          static_cast<int>(shape.l), targets};
+int zero_outside(const ForwardParams& params, const Chunking& chunking, void* stream) {
+  const Shape& shape = params.in.shape;
+  ZeroTargets targets;
+  targets.add(params.y, shape.h, shape.p, params.in.dtype);
+  return zero_outside(shape, chunking, targets, stream);
+}
+
+int zero_outside(const BackwardParams& params, const Chunking& chunking, void* stream) {
+  const Inputs& in = params.in;
+  const Shape& shape = in.shape;
+  ZeroTargets targets;
+  targets.add(params.dx, shape.h, shape.p, in.dtype);
+  targets.add(params.d_dt, shape.h, 1, in.dt_dtype);
+  targets.add(params.dB, shape.g, shape.n, in.dtype);
+  targets.add(params.dC, shape.g, shape.n, in.dtype);
+  targets.add(params.dz, shape.h, shape.p, in.dtype);
+  return zero_outside(shape, chunking, targets, stream);
+}
+
+int zero_beyond_last_chunk(const Chunking& chunking, const Shape& shape, void* kept,
+                           int64_t chunk_bytes, void* stream) {
+  if (!shape.packed || kept == nullptr) return 0;
+  const int chunks = static_cast<int>(shape.chunks(chunking.q));
   LaunchShape at;
-  at.grid = dim3(static_cast<unsigned>(shape.l < 1024 ? shape.l : 1024));
+  at.grid = dim3(256);
   at.threads = 256;
-  return launch(zero_outside_kernel, at, stream, params);
+  return launch(zero_beyond_last_chunk_kernel, at, stream, chunking.first_chunk + shape.nseq,
+                chunks, static_cast<uint32_t*>(kept), chunk_bytes / int64_t(sizeof(uint32_t)));
 }
 
 }  // namespace mamba2::ssd

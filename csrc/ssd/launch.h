@@ -17,21 +17,13 @@ std::size_t chunking_bytes(const Shape& shape, int q);
 // Says in *out how chunks are found. Packed: fills the table, in `memory`, from cu_seqlens.
 int make_chunking(const Inputs& in, int q, void* memory, Chunking* out, void* stream);
 
-// Packed outputs: rows outside [first, last) belong to no sequence and are set to zero.
-struct ZeroTargets {
-  struct Target {
-    StridedOut out;  // (1, l, h, width)
-    int h, width;
-    int element_bytes;  // 2, 4 or 8
-  };
-  Target at[8];
-  int count = 0;
-  void add(const StridedOut& out, int h, int width, DType dtype) {
-    if (out) at[count++] = {out, h, width, static_cast<int>(size_of(dtype))};
-  }
-};
-int zero_outside(const Shape& shape, const Chunking& chunking, const ZeroTargets& targets,
-                 void* stream);
+// Packed: the rows of y, or of the gradients, that belong to no sequence are set to zero.
+int zero_outside(const ForwardParams& params, const Chunking& chunking, void* stream);
+int zero_outside(const BackwardParams& params, const Chunking& chunking, void* stream);
+// Packed: the number of chunks on the host is a bound. What is kept (optional) of those beyond the
+// last, chunk_bytes each, a multiple of 4, is set to zero: an output has no unwritten element.
+int zero_beyond_last_chunk(const Chunking& chunking, const Shape& shape, void* kept,
+                           int64_t chunk_bytes, void* stream);
 
 // ---- chunk_cumsum.cu ----
 // Words of a later kernel of the same call that must start at 0 (its tickets and flags): cleared on

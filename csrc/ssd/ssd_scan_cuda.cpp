@@ -3,7 +3,7 @@
 #include "../core/device.h"
 #include "../core/nvtx.h"
 #include "../core/workspace.h"
-#include "ssd_call.h"
+#include "ssd_scan_operators.h"
 #include "tiers.h"
 
 #ifndef MAMBA2_DISPATCH_KEY
@@ -125,50 +125,11 @@ Tensor run_forward(const char* op, ForwardCall& call, const Tensor& x, bool save
   problem.save_states = numel > 0;
   Tensor chunk_states = allocate(Sizes{numel}, x.scalar_type(), x);
   if (numel > 0) call.params.chunk_states = chunk_states.mutable_data_ptr();
-  // Packed: the bound on the chunks may exceed their number; an output has no unwritten element.
-  if (numel > 0 && problem.shape.packed) torch::stable::zero_(chunk_states);
 
   const TierKernels& kernels = kernels_of(plan.tier);
   const Scratch scratch(kernels.forward_workspace_bytes(problem, plan, device), x);
   at.check_launch(op, kernels.forward(call.params, plan, device, scratch.first, at.stream()));
   return chunk_states;
-}
-
-ForwardResult scan_forward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-                           OptionalTensor z, OptionalTensor dt_bias, OptionalTensor initial_states,
-                           OptionalTensor cu_seqlens, OptionalTensor seq_idx, bool dt_softplus,
-                           double dt_min, double dt_max, bool return_final_states, bool save_states,
-                           int64_t plan) {
-  constexpr const char* kOp = "ssd_scan";
-  const ScanArguments arguments{
-      x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
-      cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
-  ForwardCall call = prepare_scan(kOp, arguments, return_final_states);
-  if (has_no_token(call.params.in.shape)) {
-    fill(call.final_states, initial_states);
-    return {call.y, call.final_states, absent(dtype_of(x), x)};
-  }
-  Tensor chunk_states = run_forward(kOp, call, x, save_states, static_cast<int>(plan));
-  return {call.y, call.final_states, chunk_states};
-}
-
-std::tuple<Tensor, Tensor> segment_state_forward(Tensor x, Tensor dt, Tensor A, Tensor B,
-                                                 OptionalTensor dt_bias, bool dt_softplus,
-                                                 double dt_min, double dt_max, int64_t plan) {
-  constexpr const char* kOp = "ssd_segment_state";
-  ScanArguments arguments{x, dt, A, B};
-  arguments.dt_bias = dt_bias;
-  arguments.dt_softplus = dt_softplus;
-  arguments.dt_min = dt_min;
-  arguments.dt_max = dt_max;
-  ForwardCall call = prepare_segment_state(kOp, arguments);
-  if (has_no_token(call.params.in.shape)) {
-    fill(call.final_states, std::nullopt);
-    fill(call.log_decay, std::nullopt);
-  } else {
-    run_forward(kOp, call, x, false, static_cast<int>(plan));
-  }
-  return {call.final_states, call.log_decay};
 }
 
 // ---- backward ----
@@ -209,61 +170,47 @@ BackwardResult run_backward(const char* op, const ScanArguments& arguments,
   return result_of(call);
 }
 
-BackwardResult scan_backward_out(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor dt,
-                                 Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-                                 OptionalTensor dt_bias, OptionalTensor initial_states,
-                                 OptionalTensor cu_seqlens, OptionalTensor seq_idx,
-                                 OptionalTensor chunk_states, bool dt_softplus, double dt_min,
-                                 double dt_max, int64_t plan, OptionalTensor dx,
-                                 OptionalTensor d_dt, OptionalTensor dB, OptionalTensor dC,
-                                 OptionalTensor dz) {
-  const ScanArguments arguments{
-      x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
-      cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
-  const GradientArguments gradients{
-      dy, d_final_states, std::nullopt, chunk_states, dx, d_dt, dB, dC, dz};
-  return run_backward("ssd_scan_backward", arguments, gradients, static_cast<int>(plan));
-}
+// What implement_scan_operators wants of a device.
+struct Cuda {
+  static ForwardResult forward(const ScanArguments& arguments, bool return_final_states,
+                               bool save_states, int plan) {
+    constexpr const char* kOp = "ssd_scan";
+    const Tensor& x = arguments.x;
+    ForwardCall call = prepare_scan(kOp, arguments, return_final_states);
+    if (has_no_token(call.params.in.shape)) {
+      fill(call.final_states, arguments.initial_states);
+      return {call.y, call.final_states, absent(dtype_of(x), x)};
+    }
+    Tensor chunk_states = run_forward(kOp, call, x, save_states, plan);
+    return {call.y, call.final_states, chunk_states};
+  }
 
-BackwardResult scan_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor dt,
-                             Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-                             OptionalTensor dt_bias, OptionalTensor initial_states,
-                             OptionalTensor cu_seqlens, OptionalTensor seq_idx,
-                             OptionalTensor chunk_states, bool dt_softplus, double dt_min,
-                             double dt_max, int64_t plan) {
-  return scan_backward_out(dy, d_final_states, x, dt, A, B, C, D, z, dt_bias, initial_states,
-                           cu_seqlens, seq_idx, chunk_states, dt_softplus, dt_min, dt_max, plan,
-                           std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
-}
+  // A segment's state has no output: dy = 0 and C = 0 then, of which only the gradients of the
+  // final state and of the decay are left.
+  static BackwardResult backward(const char* op, ScanArguments arguments,
+                                 GradientArguments gradients, int plan) {
+    if (!arguments.C) arguments.C = zeros_like(arguments.B);
+    if (!gradients.dy) gradients.dy = zeros_like(arguments.x);
+    return run_backward(op, arguments, gradients, plan);
+  }
 
-// The backward of a scan whose output nobody uses: dy = 0 and C = 0, of which only the gradients of
-// the final state and of the decay are left.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> segment_state_backward(
-    Tensor d_state, Tensor d_log_decay, Tensor x, Tensor dt, Tensor A, Tensor B,
-    OptionalTensor dt_bias, bool dt_softplus, double dt_min, double dt_max, int64_t plan) {
-  ScanArguments arguments{x, dt, A, B};
-  arguments.C = zeros_like(B);
-  arguments.dt_bias = dt_bias;
-  arguments.dt_softplus = dt_softplus;
-  arguments.dt_min = dt_min;
-  arguments.dt_max = dt_max;
-  GradientArguments gradients;
-  gradients.dy = zeros_like(x);
-  gradients.d_final_states = d_state;
-  gradients.d_log_decay = d_log_decay;
-  const BackwardResult all =
-      run_backward("ssd_segment_state_backward", arguments, gradients, static_cast<int>(plan));
-  return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<3>(all), std::get<7>(all)};
-}
+  static std::tuple<Tensor, Tensor> segment_state(const ScanArguments& arguments, int plan) {
+    constexpr const char* kOp = "ssd_segment_state";
+    ForwardCall call = prepare_segment_state(kOp, arguments);
+    if (has_no_token(call.params.in.shape)) {
+      fill(call.final_states, std::nullopt);
+      fill(call.log_decay, std::nullopt);
+    } else {
+      run_forward(kOp, call, arguments.x, false, plan);
+    }
+    return {call.final_states, call.log_decay};
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
-  m.impl("ssd_scan_forward", TORCH_BOX(&scan_forward));
-  m.impl("ssd_scan_backward", TORCH_BOX(&scan_backward));
-  m.impl("ssd_scan_backward_out", TORCH_BOX(&scan_backward_out));
-  m.impl("ssd_segment_state_forward", TORCH_BOX(&segment_state_forward));
-  m.impl("ssd_segment_state_backward", TORCH_BOX(&segment_state_backward));
+  implement_scan_operators<Cuda>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CompositeExplicitAutograd, m) {

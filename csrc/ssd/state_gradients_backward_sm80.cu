@@ -8,7 +8,8 @@
 // so the more tokens they span.
 //
 // Long sequences that would leave SMs idle are cut into segments and swept twice, as chunk_state
-// is: the first time for what each segment adds to the gradient.
+// is: the first time for what each segment adds to the gradient, less the last chunks if the first
+// ones forget them.
 //
 // grid: (sequence, segment, slice of p, slice of n, head), heads fastest, so that blocks of one
 // group share C in L2. A block owns 64 x kN of G; a warp 16 x 64. sum_i w_i dy_i C_i^T is a product
@@ -16,7 +17,10 @@
 // stages of (dy, C), a chunk each: 98 KB at kN 128, two blocks an SM. Narrow slices double the
 // blocks where they are few; the bits are the same. Bound by HBM (dy and S read, G written), and
 // where b h is small by the latency of a step.
+#include <type_traits>
+
 #include "../core/launch.h"
+#include "segments_sm80.cuh"
 #include "tiles_backward_sm80.cuh"
 
 namespace mamba2::ssd::sm80 {
@@ -31,7 +35,55 @@ struct GradientParams {
   int chunks, h, heads_per_group, p, n;
   const float* a_cumsum_log2;  // (chunks, h, q)
   Segments segments;
-  bool first_pass;
+};
+
+// The block's and the warp's place in the state of a head.
+struct Place {
+  int i_h, p0, n0, warp_p, warp_n;
+  template <int kN>
+  static MAMBA2_DEVICE Place of(const GradientParams& params) {
+    const int slices_n = ceil_div(params.n, kN), slices_p = ceil_div(params.p, kP);
+    const int i_h = blockIdx.x % params.h, i = blockIdx.x / params.h, warp = threadIdx.x / 32;
+    return {i_h, i / slices_n % slices_p * kP, i % slices_n * kN, warp % kWarpsP, warp / kWarpsP};
+  }
+  MAMBA2_DEVICE int m() const { return 16 * warp_p; }
+  MAMBA2_DEVICE int n() const { return kWarpN * warp_n; }
+  // Parts of K: of 64 rows and 64 columns each, whatever a block owns.
+  MAMBA2_DEVICE int part(const GradientParams& params, int column_slice) const {
+    return p0 / kP * ceil_div(params.n, kWarpN) + n0 / kWarpN + column_slice;
+  }
+};
+
+// The block's segment: its chunks, where G comes from and goes to, and S of the first chunk before
+// its rounding, each (p, n) and optional. A segment that has nothing to do has no chunks and no
+// place for G. It lies in shared memory, for the accumulators leave no registers for it.
+struct Segment {
+  int first, count;
+  const float *from, *S_unrounded;
+  float* to;
+  template <int kN, bool first_pass>
+  static MAMBA2_DEVICE Segment of(const GradientParams& params) {
+    const Segments& segments = params.segments;
+    const StateGradients& scan = params.scan;
+    const int i_h = blockIdx.x % params.h;
+    const int i = blockIdx.x / params.h / ceil_div(params.n, kN) / ceil_div(params.p, kP);
+    const int i_seq = i / segments.count, k = i % segments.count;
+    const int all = params.chunking.count(i_seq), in_sequence = segments.of(all);
+    const int64_t state = int64_t(params.p) * params.n, heads = params.h * state;
+    const auto of_sequence = [&](auto* states) {
+      return states ? states + i_seq * heads + i_h * state : nullptr;
+    };
+    float* slot = segments.carry + i * heads + i_h * state;
+    const bool is_first = k == 0, is_last = k == in_sequence - 1;
+    Segment segment;
+    segment.first = params.chunking.first(i_seq) + k * segments.chunks;
+    segment.count = is_last ? all - k * segments.chunks : segments.chunks;
+    segment.from = is_last ? of_sequence(scan.d_final_states) : first_pass ? nullptr : slot + heads;
+    segment.to = first_pass ? slot : is_first ? of_sequence(scan.d_initial_states) : nullptr;
+    segment.S_unrounded = is_first ? of_sequence(scan.initial_states) : nullptr;
+    if (k >= in_sequence || (first_pass && is_first)) segment.count = 0, segment.to = nullptr;
+    return segment;
+  }
 };
 
 template <class T, int kN>
@@ -47,55 +99,18 @@ struct GradientShared {
     alignas(16) float K[kWarpsN][kWarpsP];
   };
   Stage stage[2];
+  Segment segment;
 };
 
-// The block's and the warp's place in the state of a head, and which segment of which sequence.
-struct Place {
-  int i_seq, segment, i_h, p0, n0, warp_p, warp_n;
-  template <int kN>
-  static MAMBA2_DEVICE Place of(const GradientParams& params) {
-    const int slices_n = ceil_div(params.n, kN), slices_p = ceil_div(params.p, kP);
-    const int i_h = blockIdx.x % params.h, i = blockIdx.x / params.h, warp = threadIdx.x / 32;
-    const int sweep = i / slices_n / slices_p, segments = params.segments.count;
-    return {sweep / segments,  sweep % segments, i_h,           i / slices_n % slices_p * kP,
-            i % slices_n * kN, warp % kWarpsP,   warp / kWarpsP};
-  }
-  MAMBA2_DEVICE int m() const { return 16 * warp_p; }
-  MAMBA2_DEVICE int n() const { return kWarpN * warp_n; }
-  // Parts of K: of 64 rows and 64 columns each, whatever a block owns.
-  MAMBA2_DEVICE int part(const GradientParams& params, int column_slice) const {
-    return p0 / kP * ceil_div(params.n, kWarpN) + n0 / kWarpN + column_slice;
-  }
-};
-
-// The chunks of the block's segment, and where its G comes from and goes to: (.., h, p, n),
-// optional. A segment that has nothing to do has no chunks and no place for G.
-struct Segment {
-  int first, count;
-  bool begins_sequence;
-  const float* from;
-  float* to;
-  MAMBA2_DEVICE Segment(const GradientParams& params, const Place& at) {
-    const Segments& segments = params.segments;
-    const StateGradients& scan = params.scan;
-    const int all = params.chunking.count(at.i_seq), in_sequence = segments.of(all);
-    const int64_t state = int64_t(params.p) * params.n, heads = params.h * state;
-    const int64_t sequence = at.i_seq * heads + at.i_h * state;
-    float* slot =
-        segments.carry + (int64_t(at.i_seq) * segments.count + at.segment) * heads + at.i_h * state;
-    const bool is_last = at.segment == in_sequence - 1;
-    begins_sequence = at.segment == 0;
-    first = params.chunking.first(at.i_seq) + at.segment * segments.chunks;
-    count = is_last ? all - at.segment * segments.chunks : segments.chunks;
-    from = scan.d_final_states ? scan.d_final_states + sequence : nullptr;
-    if (!is_last) from = params.first_pass ? nullptr : slot + heads;
-    to = begins_sequence && scan.d_initial_states ? scan.d_initial_states + sequence : nullptr;
-    if (params.first_pass) to = slot;
-    if (at.segment >= in_sequence || (params.first_pass && begins_sequence)) {
-      count = 0, to = nullptr;
-    }
-  }
-};
+// First pass, by one warp: leaves out what the rest of the segment, on the way to its beginning,
+// forgets.
+MAMBA2_DEVICE void skip_forgotten(Segment& segment, const GradientParams& params, const Place& at) {
+  const int count =
+      remembered_chunks(params.a_cumsum_log2, segment.first, segment.count, params.h, at.i_h, true);
+  __syncwarp();
+  if (count == segment.count || threadIdx.x > 0) return;
+  segment.count = count, segment.from = nullptr;
+}
 
 // A warp's (16, 64) of G.
 struct Gradient {
@@ -181,13 +196,13 @@ MAMBA2_DEVICE void store_state(Gradient& G, const uint4 (&S)[kTiles], const floa
   MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
     const uint4 unit = tile::to_unit<T>(G.left[i], G.right[i]);
     if (units.valid(params, i)) *reinterpret_cast<uint4*>(to + 16 * i) = unit;
-    if (S_unrounded) continue;
     float left[4], right[4];
     tile::from_unit<T>(left, right, S[i]);
     MAMBA2_UNROLL for (int e = 0; e < 4; ++e) dot +=
         G.left[i][e] * left[e] + G.right[i][e] * right[e];
   }
   if (S_unrounded) {
+    dot = 0;
     G.for_pairs(params, at, [&](int64_t i, const float* pair) {
       const float2 v = *reinterpret_cast<const float2*>(S_unrounded + i);
       dot += pair[0] * v.x + pair[1] * v.y;
@@ -233,30 +248,30 @@ MAMBA2_DEVICE void advance(Gradient& G, const Stage& stage, const Place& at) {
   }
 }
 
-// The state (p, n) that enters this sequence, before its rounding; null where there is none.
-MAMBA2_DEVICE const float* initial_state(const GradientParams& params, const Place& at) {
-  const float* states = params.scan.initial_states;
-  return states ? states + (int64_t(at.i_seq) * params.h + at.i_h) * params.p * params.n : nullptr;
-}
-
-template <class T, int kN>
+template <class T, int kN, bool first_pass>
 __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
     state_gradients_kernel(const MAMBA2_GRID_CONSTANT GradientParams params) {
   auto& shared = *static_cast<GradientShared<T, kN>*>(ptx::dynamic_smem());
   const Place at = Place::of<kN>(params);
-  const Segment segment(params, at);
+  if (threadIdx.x == 0) shared.segment = Segment::of<kN, first_pass>(params);
+  __syncthreads();
+  if (first_pass) {
+    if (threadIdx.x < 32) skip_forgotten(shared.segment, params, at);
+    __syncthreads();
+  }
+  const Segment& segment = shared.segment;
   const int first = segment.first, count = segment.count;
 
   Gradient G;
-  if (segment.from) {
+  if (const float* from = segment.from) {
     G.for_pairs(params, at, [&](int64_t i, float* pair) {
-      const float2 v = *reinterpret_cast<const float2*>(segment.from + i);
+      const float2 v = *reinterpret_cast<const float2*>(from + i);
       pair[0] = v.x, pair[1] = v.y;
     });
   }
   uint4 S[kTiles];
   if (count > 0) {
-    if (!params.first_pass) load_S<T>(S, params, at, first + count - 1);
+    if (!first_pass) load_S<T>(S, params, at, first + count - 1);
     start_chunk<T, kN>(shared.stage[0], params, at, first + count - 1);
     store_weight(shared.stage[0], load_weight(params, at, first + count - 1));
   }
@@ -267,15 +282,14 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
     ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // this stage is full, the other one no longer read
-    if (i > 0 && !params.first_pass) store_K<kN>(other, params, at, i_chunk + 1);
+    if (i > 0 && !first_pass) store_K<kN>(other, params, at, i_chunk + 1);
     Weight next;
     if (i + 1 < count) {
       start_chunk<T, kN>(other, params, at, i_chunk - 1);
       next = load_weight(params, at, i_chunk - 1);
     }
-    if (!params.first_pass) {
-      const bool unrounded = segment.begins_sequence && i_chunk == first;
-      store_state<T>(G, S, unrounded ? initial_state(params, at) : nullptr, stage, params, at,
+    if (!first_pass) {
+      store_state<T>(G, S, i_chunk == first ? segment.S_unrounded : nullptr, stage, params, at,
                      i_chunk);
       if (i + 1 < count) load_S<T>(S, params, at, i_chunk - 1);
     }
@@ -283,27 +297,27 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
     if (i + 1 < count) store_weight(other, next);
   }
   __syncthreads();
-  if (count > 0 && !params.first_pass) store_K<kN>(shared.stage[~count & 1], params, at, first);
-  if (segment.to) {
+  if (count > 0 && !first_pass) store_K<kN>(shared.stage[~count & 1], params, at, first);
+  if (float* to = segment.to) {
     G.for_pairs(params, at, [&](int64_t i, float* pair) {
-      *reinterpret_cast<float2*>(segment.to + i) = float2{pair[0], pair[1]};
+      *reinterpret_cast<float2*>(to + i) = float2{pair[0], pair[1]};
     });
   }
 }
 
-template <class T, int kN>
+template <class T, int kN, bool first_pass>
 int run(const GradientParams& params, int64_t sweeps, void* stream) {
   const int64_t slices = ceil_div(params.p, kP) * ceil_div(params.n, kN);
   const LaunchShape at{dim3(static_cast<unsigned>(sweeps * slices * params.h)), 2 * kN,
                        sizeof(GradientShared<T, kN>)};
-  return launch(state_gradients_kernel<T, kN>, at, stream, params);
+  return launch(state_gradients_kernel<T, kN, first_pass>, at, stream, params);
 }
-template <class T>
+template <class T, bool first_pass>
 int run(const GradientParams& params, int64_t sequences, int sm_count, void* stream) {
   const int64_t sweeps = sequences * params.segments.count;
   const int64_t wide = sweeps * params.h * ceil_div(params.p, kP) * ceil_div(params.n, 128);
-  return params.n > 64 && wide >= 2 * sm_count ? run<T, 128>(params, sweeps, stream)
-                                               : run<T, 64>(params, sweeps, stream);
+  return params.n > 64 && wide >= 2 * sm_count ? run<T, 128, first_pass>(params, sweeps, stream)
+                                               : run<T, 64, first_pass>(params, sweeps, stream);
 }
 
 }  // namespace
@@ -315,21 +329,22 @@ int state_gradients_parts(const Shape& shape) {
 int state_gradients(const BackwardProblem& problem, const StateGradients& scan, void* stream) {
   const Range range("state_gradients");
   const Shape& shape = problem.shape;
-  GradientParams params{
-      scan,    problem.chunking, problem.chunks,        shape.h,          shape.heads_per_group(),
-      shape.p, shape.n,          problem.a_cumsum_log2, problem.segments, false};
-  const auto sweep = [&](bool first_pass) {
-    params.first_pass = first_pass;
-    return problem.dtype == DType::bf16 ? run<bf16>(params, shape.nseq, problem.sm_count, stream)
-                                        : run<f16>(params, shape.nseq, problem.sm_count, stream);
+  const GradientParams params{scan,    problem.chunking,        problem.chunks,
+                              shape.h, shape.heads_per_group(), shape.p,
+                              shape.n, problem.a_cumsum_log2,   problem.segments};
+  const auto sweep = [&](auto first_pass) {
+    constexpr bool kFirstPass = decltype(first_pass)::value;
+    return problem.dtype == DType::bf16
+               ? run<bf16, kFirstPass>(params, shape.nseq, problem.sm_count, stream)
+               : run<f16, kFirstPass>(params, shape.nseq, problem.sm_count, stream);
   };
   if (problem.segments.cut()) {
-    if (int error = sweep(true)) return error;
+    if (int error = sweep(std::true_type{})) return error;
     if (int error = segment_passing(shape, problem.chunking, problem.segments,
                                     problem.a_cumsum_log2, true, stream))
       return error;
   }
-  return sweep(false);
+  return sweep(std::false_type{});
 }
 
 }  // namespace mamba2::ssd::sm80

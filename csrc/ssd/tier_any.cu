@@ -174,6 +174,12 @@ int forward(const ForwardParams& params, const Plan&, const Device&, void* works
   const ForwardMemory memory(in.shape, in.dtype, params.chunk_states != nullptr, carved);
   Work work;
   if (const int error = make_work(in, memory.chunk_table, &work, stream)) return error;
+  const int64_t chunk_bytes =
+      int64_t(in.shape.h) * in.shape.p * in.shape.n * int64_t(size_of(accumulator_of(in.dtype)));
+  if (const int error = zero_beyond_last_chunk(work.chunking, in.shape, params.chunk_states,
+                                               chunk_bytes, stream)) {
+    return error;
+  }
   void* states = params.chunk_states ? params.chunk_states : memory.states;
   if (const int error = enter_states(work, states, memory.decay, params.final_states, stream)) {
     return error;
@@ -188,9 +194,7 @@ int forward(const ForwardParams& params, const Plan&, const Device&, void* works
   scan.states = states;
   scan.y = params.y;
   if (const int error = chunk_scan(scan, stream)) return error;
-  ZeroTargets outside;
-  outside.add(params.y, in.shape.h, in.shape.p, in.dtype);
-  return zero_outside(in.shape, work.chunking, outside, stream);
+  return zero_outside(params, work.chunking, stream);
 }
 
 int backward(const BackwardParams& params, const Plan& plan, const Device& device, void* workspace,
@@ -219,13 +223,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   }
   if (const int error = leave_states(params, work, memory, stream)) return error;
   if (const int error = gradients(params, work, memory, states, stream)) return error;
-  ZeroTargets outside;
-  outside.add(params.dx, shape.h, shape.p, in.dtype);
-  outside.add(params.d_dt, shape.h, 1, in.dt_dtype);
-  outside.add(params.dB, shape.g, shape.n, in.dtype);
-  outside.add(params.dC, shape.g, shape.n, in.dtype);
-  outside.add(params.dz, shape.h, shape.p, in.dtype);
-  return zero_outside(shape, work.chunking, outside, stream);
+  return zero_outside(params, work.chunking, stream);
 }
 
 }  // namespace mamba2::ssd::any

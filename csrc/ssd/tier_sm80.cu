@@ -55,6 +55,9 @@ int forward(const ForwardParams& params, const Plan& plan, const Device& device,
 
   Chunking chunking;
   if (int e = make_chunking(in, kChunkTokens, memory.chunk_table, &chunking, stream)) return e;
+  const int64_t chunk_bytes = sizeof(uint16_t) * in.shape.h * in.shape.p * in.shape.n;
+  if (int e = zero_beyond_last_chunk(chunking, in.shape, params.chunk_states, chunk_bytes, stream))
+    return e;
   if (int e = chunk_cumsum(in, chunking, delta, a_cumsum_log2, stream)) return e;
   float* final_states = static_cast<float*>(params.final_states);
   if (int e = chunk_state(in, chunking, delta, a_cumsum_log2, states, final_states, memory.segments,
@@ -66,9 +69,7 @@ int forward(const ForwardParams& params, const Plan& plan, const Device& device,
   }
   if (!params.y) return 0;
   if (int e = chunk_scan(params, chunking, delta, a_cumsum_log2, states, device, stream)) return e;
-  ZeroTargets outside;
-  outside.add(params.y, in.shape.h, in.shape.p, in.dtype);
-  return zero_outside(in.shape, chunking, outside, stream);
+  return zero_outside(params, chunking, stream);
 }
 
 }  // namespace mamba2::ssd::sm80

@@ -157,17 +157,7 @@ struct Backward {
     return delta_backward(params, parts, problem.chunking, problem.chunks, memory.delta_backward,
                           stream);
   }
-  int zero_outside_sequences() {
-    const Inputs& in = params.in;
-    const Shape& shape = in.shape;
-    ZeroTargets outside;
-    outside.add(params.dx, shape.h, shape.p, in.dtype);
-    outside.add(params.d_dt, shape.h, 1, in.dt_dtype);
-    outside.add(params.dB, shape.g, shape.n, in.dtype);
-    outside.add(params.dC, shape.g, shape.n, in.dtype);
-    outside.add(params.dz, shape.h, shape.p, in.dtype);
-    return zero_outside(shape, problem.chunking, outside, stream);
-  }
+  int zero_outside_sequences() { return zero_outside(params, problem.chunking, stream); }
 };
 
 }  // namespace

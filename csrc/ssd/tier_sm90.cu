@@ -116,9 +116,7 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
   if (params.final_states) {
     if (int e = finish_empty_sequences(params, args.chunking, stream)) return e;
   }
-  ZeroTargets outside;
-  outside.add(params.y, shape.h, shape.p, in.dtype);
-  return zero_outside(shape, args.chunking, outside, stream);
+  return zero_outside(params, args.chunking, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

@@ -153,12 +153,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
                                        memory.delta_backward, stream)) {
     return error;
   }
-  ZeroTargets outside;
-  outside.add(params.dx, shape.h, shape.p, in.dtype);
-  outside.add(params.d_dt, shape.h, 1, in.dt_dtype);
-  outside.add(params.dB, shape.g, shape.n, in.dtype);
-  outside.add(params.dC, shape.g, shape.n, in.dtype);
-  return zero_outside(shape, args.chunking, outside, stream);
+  return zero_outside(params, args.chunking, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

@@ -184,9 +184,10 @@ def test_a_packed_sequence_is_as_if_alone(run):
     Case(b=1, l=1100, h=2, g=1, p=16, n=16, dtype=BF16, initial_states="working", decay="weak",
          cu_seqlens=(3, 3, 10, 800, 1090)),
     Case(b=1, l=700, h=2, g=1, p=80, n=16, dtype=BF16, z=True, save_states=True),
+    Case(b=1, l=700, h=2, g=1, p=16, n=16, dtype=BF16, initial_states="working", decay="strong"),
 ], ids=str)  # fmt: skip
 def test_segments(emulated, case, nan_filled):
-    """Sequences of up to four segments, beside some of one and of none."""
+    """Sequences of up to four segments, beside some of one and of none; what a segment forgets."""
     check(run_ops(emulated.ops, SM80_SEGMENTS), case)
 
 
