@@ -11,14 +11,17 @@
 //   owns 64 tokens, loops over its heads and keeps dB, dC and dCB, summed over heads, in registers.
 //   Its tokens are the j of all pairs (i, j): the earlier block also does the pairs with the later
 //   one, and what they give to the later tokens goes to dC_later and later_rows.
-// Warpgroups: a producer; the state side (products with S and G: dC, dB, E, K, dD); the token side
-//   (products of tokens, transposed: rows are j): dx, dCB, R, Q, F. C B^T is computed once and
-//   parked in shared memory in fp32; dCB meets B and C once, after the last head.
-// Shared memory: 2 stages x (x, dy of two blocks, S, G) + B, C of two blocks + C B^T: 213 KB at
-//   n = 128. Registers: 240 a consumer thread.
+// Warpgroups: the state side (products with S and G: dC, dB, E, K, dD); the token side (products of
+//   tokens, transposed: rows are j): dx, dCB, R, Q, F; a warp that loads and three that finish dx
+//   and the sums. C B^T is computed once and parked in shared memory in fp32; dCB meets B and C
+//   once, after the last head.
+// Shared memory: 2 stages x (x, dy of two blocks, S, G) + B, C of two blocks + C B^T + dx: 223 KB
+// at
+//   n = 128. Registers: 232 a consumer thread, 40 the others.
 // Bound by HBM (80 KB a chunk and head), with issue slots and the tensor pipe close behind.
 // Not supported: p other than 64, n other than 64 and 128.
 #include "../core/launch.h"
+#include "chunk_scan_backward_finish_sm90.cuh"
 #include "chunk_scan_backward_state_sm90.cuh"
 #include "chunk_scan_backward_tokens_sm90.cuh"
 
@@ -44,24 +47,51 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   }
 
   constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
-  const uint32_t bytes = (2 + earlier) * kTile + 2 * kImage + 2 * kScalars + kDRow;
+  const uint32_t bytes = (2 + earlier) * kTile + 2 * kScalars + kDRow;
   for (int i = 0; i < task.heads; ++i) {
-    const int head = task.first_head + i;
+    const int head = task.first_head + i, at = stage_of(i);
     const int64_t index = args.head_at(task.i_chunk, head);
-    HeadStage<T, kN>& stage = s.stage[stage_of(i)];
-    ptx::Mbarrier* full = &s.ring.full[stage_of(i)];
-    ptx::mbarrier_wait(&s.ring.empty[stage_of(i)], phase_of(i) ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full, bytes);
-    ptx::bulk_load(stage.G, static_cast<const T*>(args.d_states) + index * (kHeadDim * kN), kImage,
+
+    StateStage<T, kN>& states = s.states[at];
+    ptx::Mbarrier* full = &s.states_ring.full[at];
+    ptx::mbarrier_wait(&s.states_ring.empty[at], phase_of(i) ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, 2 * kImage);
+    ptx::bulk_load(states.G, static_cast<const T*>(args.d_states) + index * (kHeadDim * kN), kImage,
                    full);
+    ptx::bulk_load(states.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
+                   full);
+
+    TokenStage<T>& stage = s.tokens[at];
+    full = &s.tokens_ring.full[at];
+    ptx::mbarrier_wait(&s.tokens_ring.empty[at], phase_of(i) ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, bytes);
     ptx::tma_load_4d(stage.x, &args.x, 0, head, own, chunk.row, full);
     ptx::tma_load_4d(stage.dy[0], &args.dy, 0, head, own, chunk.row, full);
     if (earlier) ptx::tma_load_4d(stage.dy[1], &args.dy, 0, head, later, chunk.row, full);
-    ptx::bulk_load(stage.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
-                   full);
     ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + index * kBackwardQ, kScalars, full);
     ptx::bulk_load(stage.delta, args.delta + index * kBackwardQ, kScalars, full);
     ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
+  }
+}
+
+// The roles of a block's warps; which block of the chunk it has is known at compile time.
+template <class T, int kN, bool kEarlier>
+MAMBA2_DEVICE void run_roles(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
+                             const ScanTask& task) {
+  const int warpgroup = tile::uniform(threadIdx.x / tile::kWarpgroup);
+  if (warpgroup == 2) {
+    ptx::setmaxnreg_dec<40>();
+    const int warp = tile::uniform(threadIdx.x / 32) - kConsumerWarps;
+    if (warp > 0)
+      FinishingSide<T, kN, kEarlier>{args, s, task, warp - 1}.run();
+    else if (threadIdx.x == kScanConsumers)
+      produce<T, kN>(args, s, task);
+  } else if (warpgroup == 0) {
+    ptx::setmaxnreg_inc<224>();
+    StateSide<T, kN, kEarlier>(args, s, task).run();
+  } else {
+    ptx::setmaxnreg_inc<240>();
+    TokenSide<T, kN, kEarlier>(args, s, task).run();
   }
 }
 
@@ -73,23 +103,19 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
   const ScanTask task(args);
   if (task.chunk.i_seq < 0) return;
   if (threadIdx.x == 0) {
-    s.ring.init(1, kScanConsumers / 32);
+    s.tokens_ring.init(1, kConsumerWarps + kFinishWarps);
+    s.states_ring.init(1, kConsumerWarps);
     ptx::mbarrier_init(&s.group_full, 1);
-    for (int i = 0; i < kScanStages; ++i) ptx::mbarrier_init(&s.state_sums[i], 4);
+    for (int i = 0; i < kScanStages; ++i) ptx::mbarrier_init(&s.head_done[i], kConsumerWarps);
+    ptx::mbarrier_init(&s.dx_read, kFinishWarps);
+    ptx::mbarrier_init(&s.consumers, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / tile::kWarpgroup;
-  if (warpgroup == 2) {
-    ptx::setmaxnreg_dec<24>();
-    if (threadIdx.x == kScanConsumers) produce<T, kN>(args, s, task);
-    return;
-  }
-  ptx::setmaxnreg_inc<240>();
-  if (warpgroup == 0)
-    StateSide<T, kN>(args, s, task).run();
+  if (task.block == 0)
+    run_roles<T, kN, true>(args, s, task);
   else
-    TokenSide<T, kN>(args, s, task).run();
+    run_roles<T, kN, false>(args, s, task);
 #endif
 }
 

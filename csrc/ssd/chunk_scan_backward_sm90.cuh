@@ -1,4 +1,4 @@
-// chunk_scan_backward (sm_90a): its shared memory, its sums, and what both consumer warpgroups do.
+// chunk_scan_backward (sm_90a): its shared memory, its sums, and what both consumers do.
 #pragma once
 #include "scan_backward_sm90.cuh"
 
@@ -7,26 +7,33 @@ namespace mamba2::ssd::sm90 {
 constexpr int kScanStages = 2;
 constexpr int kScanConsumers = 2 * tile::kWarpgroup;
 constexpr int kScanThreads = kScanConsumers + tile::kWarpgroup;
+constexpr int kConsumerWarps = kScanConsumers / 32;
+constexpr int kFinishWarps = 3;  // of the producer's warpgroup
 
-// Where the i-th head of a task lies in the ring.
+// Where the i-th head of a task lies in a ring.
 MAMBA2_DEVICE int stage_of(int i) { return i % kScanStages; }
 MAMBA2_DEVICE uint32_t phase_of(int i) { return i / kScanStages & 1; }
 
-// What belongs to one head.
-template <class T, int kN>
-struct alignas(1024) HeadStage {
+// The tokens of one head. Read until its dx is stored.
+template <class T>
+struct alignas(1024) TokenStage {
   T x[kBlock * kHeadDim];      // own tokens
   T dy[2][kBlock * kHeadDim];  // own tokens; in the earlier block the later ones too
-  T S[kHeadDim * kN];          // panels [p][64 n]
-  T G[kHeadDim * kN];
-  float a_log2[kBackwardQ];  // of the whole chunk
+  float a_log2[kBackwardQ];    // of the whole chunk
   float delta[kBackwardQ];
   float D[kHeadDim];
 };
+// Its states. They are done with sooner, and half of all bytes: so they have a ring of their own.
+template <class T, int kN>
+struct alignas(1024) StateStage {
+  T S[kHeadDim * kN];  // panels [p][64 n]
+  T G[kHeadDim * kN];
+};
 
-// Sums that are put together at the end of a head.
+// What the two consumers leave of one head for the finishing side.
 struct HeadSums {
   float E[kBlock];
+  float F[kBlock];         // F_j / delta_j
   float V[kBlock];         // sum_{i>j} V_ij
   float diagonal[kBlock];  // V_jj
   float R[2][4][kBlock];   // own and later columns, by warp
@@ -35,20 +42,24 @@ struct HeadSums {
   float K[4];
 };
 
+// Eight more columns than channels: writes of an accumulator then fall in different banks.
+constexpr int kDxStride = kHeadDim + 8;
+
 template <class T, int kN>
 struct alignas(1024) ChunkScanBackwardSmem {
-  HeadStage<T, kN> stage[kScanStages];
+  TokenStage<T> tokens[kScanStages];
+  StateStage<T, kN> states[kScanStages];
   T B[kBlock * kN];                   // own tokens: panels [token][64 n]
   T C[2][kBlock * kN];                // own tokens, later tokens
-  T dx[kBlock * kHeadDim];            // [token][p], a warp's 16 rows at a time
   float4 BC[2][8][tile::kWarpgroup];  // (C B^T)^T, an accumulator: [element / 4][thread]
+  float dx[kBlock][kDxStride];        // [token][p], without delta_j and D
   HeadSums sums[kScanStages];
-  tile::Ring<kScanStages> ring;
-  ptx::Mbarrier group_full;               // B and C are in
-  ptx::Mbarrier state_sums[kScanStages];  // the state side's part of sums is in
+  tile::Ring<kScanStages> tokens_ring, states_ring;
+  ptx::Mbarrier group_full;              // B and C are in
+  ptx::Mbarrier head_done[kScanStages];  // dx and sums are in
+  ptx::Mbarrier dx_read;                 // dx may be overwritten
+  ptx::Mbarrier consumers;               // both consumers have come
 };
-
-enum ScanBarriers { kConsumersBarrier = 1, kTokenSideBarrier = 2 };
 
 // Which tokens and heads a block works on.
 struct ScanTask {
@@ -64,11 +75,11 @@ struct ScanTask {
     first_head = group * args.heads_per_group() + skipped;
     heads = min(args.heads_per_slice, args.heads_per_group() - skipped);
   }
-  // Tokens of the own block, of the later block; rows beyond belong to a neighbour.
-  MAMBA2_DEVICE int own() const { return max(0, min(kBlock, chunk.count - block * kBlock)); }
-  MAMBA2_DEVICE int later() const { return max(0, chunk.count - kBlock); }
-  MAMBA2_DEVICE bool ragged(const BackwardArgs& args) const {
-    return args.chunking.table && chunk.count < kBackwardQ;
+  MAMBA2_DEVICE int own() const { return own_of(chunk.count); }
+  MAMBA2_DEVICE int own_of(int count) const { return max(0, min(kBlock, count - block * kBlock)); }
+  // Rows of tiles beyond this belong to a neighbour. Read anew: kept, it would cost registers.
+  MAMBA2_DEVICE int valid(const BackwardArgs& args) const {
+    return args.chunking.table ? args.chunking.table[i_chunk].z : kBackwardQ;
   }
 };
 
@@ -116,12 +127,18 @@ struct ScanConsumer {
   const ScanTask& task;
   const int thread;  // of the warpgroup
   const tile::Lane me;
+  uint32_t consumers_phase = 0;
 
   MAMBA2_DEVICE ScanConsumer(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
                              const ScanTask& task)
       : args(args), s(s), task(task), thread(threadIdx.x % tile::kWarpgroup), me(threadIdx.x) {}
 
-  MAMBA2_DEVICE void both() { ptx::bar_sync(kConsumersBarrier, kScanConsumers); }
+  // Waits for the other consumer.
+  MAMBA2_DEVICE void both() {
+    arrive_warp(&s.consumers, me.lane);
+    ptx::mbarrier_wait(&s.consumers, consumers_phase);
+    consumers_phase ^= 1;
+  }
   // Where a (slices, chunks, g, rows, n) array holds this block's group; then this lane's element.
   MAMBA2_DEVICE float* slice(float* array, int rows, int first_row) const {
     const int64_t i = (int64_t(task.slice) * args.chunks + task.i_chunk) * args.g + task.group;
@@ -140,28 +157,33 @@ struct ScanConsumer {
   }
   MAMBA2_DEVICE void wait_group() {
     ptx::mbarrier_wait(&s.group_full, 0);
-    if (!task.ragged(args)) return;
-    clear<kN>(s.B, task.own());
-    clear<kN>(s.C[0], task.own());
-    if (task.block == 0) clear<kN>(s.C[1], task.later());
+    const int valid = task.valid(args);
+    if (valid == kBackwardQ) return;
+    clear<kN>(s.B, task.own_of(valid));
+    clear<kN>(s.C[0], task.own_of(valid));
+    if (task.block == 0) clear<kN>(s.C[1], max(0, valid - kBlock));
     ptx::fence_proxy_async_shared();
     both();
   }
-  // The i-th head of the task.
-  MAMBA2_DEVICE HeadStage<T, kN>& wait_head(int i) {
-    HeadStage<T, kN>& stage = s.stage[stage_of(i)];
-    ptx::mbarrier_wait(&s.ring.full[stage_of(i)], phase_of(i));
-    if (task.ragged(args)) {
-      clear<kHeadDim>(stage.x, task.own());
-      clear<kHeadDim>(stage.dy[0], task.own());
-      if (task.block == 0) clear<kHeadDim>(stage.dy[1], task.later());
-      ptx::fence_proxy_async_shared();
-      both();
-    }
+  // The tokens of the i-th head of the task.
+  MAMBA2_DEVICE const TokenStage<T>& wait_tokens(int i) {
+    TokenStage<T>& stage = s.tokens[stage_of(i)];
+    ptx::mbarrier_wait(&s.tokens_ring.full[stage_of(i)], phase_of(i));
+    const int valid = task.valid(args);
+    if (valid == kBackwardQ) return stage;
+    clear<kHeadDim>(stage.x, task.own_of(valid));
+    clear<kHeadDim>(stage.dy[0], task.own_of(valid));
+    if (task.block == 0) clear<kHeadDim>(stage.dy[1], max(0, valid - kBlock));
+    ptx::fence_proxy_async_shared();
+    both();
     return stage;
   }
-  // dCB, summed over heads and rounded, transposed ([j][i]); the ring is idle by then.
-  MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.stage[0].dy[0] : s.stage[0].x; }
+  MAMBA2_DEVICE const StateStage<T, kN>& wait_states(int i) const {
+    ptx::mbarrier_wait(&s.states_ring.full[stage_of(i)], phase_of(i));
+    return s.states[stage_of(i)];
+  }
+  // dCB, summed over heads and rounded, transposed ([j][i]); no state is read by then.
+  MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.states[0].G : s.states[0].S; }
 };
 
 // d (64, kN) += A B with A in registers; returns when it is done.

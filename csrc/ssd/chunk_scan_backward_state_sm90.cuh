@@ -10,21 +10,21 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN>
+template <class T, int kN, bool kEarlier>
 struct StateSide : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::thread;
   using Base::Base;
   float dC[kN / 2], dB[kN / 2];
 
-  // K, all of it: the later block's token side has fewer pairs to do.
-  MAMBA2_DEVICE float state_dot(const HeadStage<T, kN>& stage) const {
+  // K, all of it: the earlier block's token side has more pairs to do, and this side waits for it.
+  MAMBA2_DEVICE float state_dot(const StateStage<T, kN>& states, float a_last_log2) const {
     float sum = 0;
     MAMBA2_NO_UNROLL
     for (int i = 0; i < kHeadDim * kN / 8 / tile::kWarpgroup; ++i) {
       const int at = i * tile::kWarpgroup + thread;
-      const uint4 g = reinterpret_cast<const uint4*>(stage.G)[at];
-      const uint4 h = reinterpret_cast<const uint4*>(stage.S)[at];
+      const uint4 g = reinterpret_cast<const uint4*>(states.G)[at];
+      const uint4 h = reinterpret_cast<const uint4*>(states.S)[at];
       const uint32_t gs[4] = {g.x, g.y, g.z, g.w}, hs[4] = {h.x, h.y, h.z, h.w};
       MAMBA2_UNROLL
       for (int k = 0; k < 4; ++k) {
@@ -36,9 +36,9 @@ struct StateSide : ScanConsumer<T, kN> {
     sum = row_sum(sum);
     MAMBA2_UNROLL
     for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    return sum * ptx::ex2(stage.a_log2[kBackwardQ - 1]);
+    return sum * ptx::ex2(a_last_log2);
   }
-  MAMBA2_DEVICE void sum_dD(const HeadStage<T, kN>& stage, HeadSums& sums) {
+  MAMBA2_DEVICE void sum_dD(const TokenStage<T>& stage, HeadSums& sums) {
     uint32_t dy[16], x[16];
     tile::load_fragments<4>(dy, stage.dy[0], me);
     tile::load_fragments<4>(x, stage.x, me);
@@ -53,7 +53,8 @@ struct StateSide : ScanConsumer<T, kN> {
     column_sums(columns, sums.dD[me.warp], me.lane);
   }
 
-  MAMBA2_DEVICE void head(const HeadStage<T, kN>& stage, HeadSums& sums) {
+  MAMBA2_DEVICE void head(const TokenStage<T>& stage, const StateStage<T, kN>& states,
+                          HeadSums& sums) {
     const float* a_log2 = stage.a_log2 + task.block * kBlock;
     const float* delta = stage.delta + task.block * kBlock;
     float from_state[2], to_state[2];
@@ -67,7 +68,7 @@ struct StateSide : ScanConsumer<T, kN> {
     ptx::wgmma_fence_operand(SC);
     ptx::wgmma_fence();
     tile::product_ss<T, kHeadDim, kN / 16>(SC, tile::KMajor<kBlock>{s.C[0]},
-                                           tile::KMajor<kHeadDim>{stage.S}, false);
+                                           tile::KMajor<kHeadDim>{states.S}, false);
     ptx::wgmma_commit_group();
     if (args.D_per_channel) sum_dD(stage, sums);
     uint32_t dy[16], x[16];
@@ -78,12 +79,12 @@ struct StateSide : ScanConsumer<T, kN> {
     ptx::wgmma_fence_operand(dC);
     ptx::wgmma_fence_operand(dB);
     ptx::wgmma_fence();
-    tile::product_rs<T, kN, 4>(dC, dy, tile::MnMajor<kHeadDim>{stage.S}, true);
+    tile::product_rs<T, kN, 4>(dC, dy, tile::MnMajor<kHeadDim>{states.S}, true);
     ptx::wgmma_commit_group();
-    tile::product_rs<T, kN, 4>(dB, x, tile::MnMajor<kHeadDim>{stage.G}, true);
+    tile::product_rs<T, kN, 4>(dB, x, tile::MnMajor<kHeadDim>{states.G}, true);
     ptx::wgmma_commit_group();
-    if (task.block == 1) {
-      const float K = state_dot(stage);
+    if (kEarlier) {
+      const float K = state_dot(states, stage.a_log2[kBackwardQ - 1]);
       if (me.lane == 0) sums.K[me.warp] = K;
     }
     ptx::wgmma_wait_group<1>();
@@ -106,19 +107,20 @@ struct StateSide : ScanConsumer<T, kN> {
     for (int e = 0; e < kN / 2; ++e) dC[e] = dB[e] = 0;
     this->wait_group();
     for (int i = 0; i < task.heads; ++i) {
-      const HeadStage<T, kN>& stage = this->wait_head(i);
-      head(stage, s.sums[stage_of(i)]);
-      arrive_warp(&s.state_sums[stage_of(i)], me.lane);
-      arrive_warp(&s.ring.empty[stage_of(i)], me.lane);
+      const TokenStage<T>& stage = this->wait_tokens(i);
+      head(stage, this->wait_states(i), s.sums[stage_of(i)]);
+      arrive_warp(&s.head_done[stage_of(i)], me.lane);
+      arrive_warp(&s.states_ring.empty[stage_of(i)], me.lane);
+      arrive_warp(&s.tokens_ring.empty[stage_of(i)], me.lane);
     }
-    this->both();  // the token side has read the last stage
-    this->both();  // and has written dCB
+    this->both();  // no state is read any more
+    this->both();  // the token side has written dCB
     uint32_t a[16];
     tile::load_transposed<4>(a, this->dCB_panel(0), me);
     add_product<T, kN>(dC, a, tile::MnMajor<kBlock>{s.B});
     tile::load_fragments<4>(a, this->dCB_panel(0), me);
     add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{s.C[0]});
-    if (task.block == 0) {
+    if (kEarlier) {
       tile::load_fragments<4>(a, this->dCB_panel(1), me);
       add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{s.C[1]});
     }

@@ -144,6 +144,7 @@ MAMBA2_DEVICE void round_to_fragments(uint32_t (&a)[kPairs], const float (&d)[2 
 // `threads` threads call it; follow with fence_proxy_async_shared and a barrier.
 template <int kRows>
 MAMBA2_DEVICE void zero_rows(void* panel, int count, int thread, int threads) {
+  MAMBA2_NO_UNROLL
   for (int i = count * 8 + thread; i < kRows * 8; i += threads)
     *reinterpret_cast<uint4*>(static_cast<char*>(panel) + i * 16) = uint4{0, 0, 0, 0};
 }
