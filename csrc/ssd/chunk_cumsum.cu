@@ -9,8 +9,10 @@
 // at a time. In chunks of 128 tokens and more the sums are fp64, and what their rounding to fp32
 // loses is an output of its own, for the backward: a token between two resets, or between two
 // tokens that forget all, takes part in the decay gradient with the decay of a pair
-// (docs/numerics.md). Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a
-// chunk (21 MB at b 8, l 4096, h 80) and by latency when the problem is small.
+// (docs/numerics.md). Or the sums are counted anew from the first of each run of 16 tokens, which
+// serves the same end where runs are what a kernel works on. Shared memory: 2 x 16 x (q + 2)
+// floats. Bound by the 8 h q bytes it writes a chunk (21 MB at b 8, l 4096, h 80) and by latency
+// when the problem is small.
 #include <type_traits>
 
 #include "../core/convert.cuh"
@@ -38,6 +40,7 @@ struct CumsumParams {
   float* delta;          // (chunks, h, q) out
   float* a_cumsum_log2;  // (chunks, h, q) out
   float* a_rest_log2;    // (chunks, h, q) out, optional
+  float* a_run_log2;     // (chunks, h, q) out, optional
   WordsToClear clear;
 };
 
@@ -130,6 +133,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64 ? 6 : 4)
         if (lane >= d) sum += left;
       }
       sum += before;
+      const Sum middle = __shfl_sync(~0u, sum, kDecayRun - 1);
+      if (params.a_run_log2)
+        params.a_run_log2[out + t] = static_cast<float>(sum - (lane < kDecayRun ? before : middle));
       before = __shfl_sync(~0u, sum, 31);
       params.delta[out + t] = shared.delta[head][t];
       const float rounded = static_cast<float>(sum);
@@ -151,7 +157,7 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
 }  // namespace
 
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream, const WordsToClear& clear, float* a_rest_log2) {
+                 void* stream, const WordsToClear& clear, float* a_rest_log2, float* a_run_log2) {
   const Range range("chunk_cumsum");
   const CumsumParams params{in.dt,
                             in.dt_dtype,
@@ -166,6 +172,7 @@ int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float
                             delta,
                             a_cumsum_log2,
                             a_rest_log2,
+                            a_run_log2,
                             clear};
   const int64_t chunks = in.shape.chunks(chunking.q);
   switch (chunking.q) {

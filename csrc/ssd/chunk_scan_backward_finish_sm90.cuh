@@ -1,18 +1,18 @@
-// chunk_scan_backward (sm_90a), the finishing side: what the two consumers leave of a head in
-// shared memory becomes dx and the sums in global memory, while they do the next head.
+// chunk_scan_backward (sm_90a), the finishing side: K, and what the two consumers leave of a head
+// in shared memory on its way to global memory, while they do the next head.
 //
-//   dx_j = delta_j dx'_j + D dy_j     R_i - Q_i, E_i, F_j / delta_j, sum_{i>=j} V_ij, K, dD
+//   K = 2^a_q <G, S>     dx     R_i - Q_i     E_i     F_j / delta_j     sum_{i>=j} V_ij     dD
 #pragma once
 #include "chunk_scan_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kEarlier>
+template <class T, int kN>
 struct FinishingSide {
   static constexpr int kThreads = 32 * kFinishWarps;
-  static constexpr int kColumns = 4;                                  // of dx, a thread
-  static constexpr int kRowsAtOnce = kThreads * kColumns / kHeadDim;  // a thread keeps its columns
-  static constexpr int kUnrolled = 3;
+  static constexpr int kUnit = 8;                     // elements of 16 bytes
+  static constexpr int kRowUnits = kHeadDim / kUnit;  // a thread keeps its columns
+  static constexpr int kRowsAtOnce = kThreads / kRowUnits;
   const BackwardArgs& args;
   ChunkScanBackwardSmem<T, kN>& s;
   const ScanTask& task;
@@ -21,77 +21,92 @@ struct FinishingSide {
   // Asked for anew: what follows from a kept one would cost registers.
   MAMBA2_DEVICE int thread_anew() const { return 32 * warp + ptx::laneid(); }
 
-  MAMBA2_DEVICE void store_dx(const TokenStage<T>& stage, int head) {
+  // <G, S>: the later block leaves it to the earlier one, which has more to do besides.
+  MAMBA2_DEVICE void multiply_states(const StateStage<T, kN>& states, float* K) {
+    float sum = 0;
+    MAMBA2_NO_UNROLL
+    for (int i = thread_anew(); i < kHeadDim * kN / kUnit; i += kThreads) {
+      const uint4 g = reinterpret_cast<const uint4*>(states.G)[i];
+      const uint4 h = reinterpret_cast<const uint4*>(states.S)[i];
+      const uint32_t gs[4] = {g.x, g.y, g.z, g.w}, hs[4] = {h.x, h.y, h.z, h.w};
+      float parts[2] = {};
+      MAMBA2_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const float2 u = unpack2<T>(gs[k]), v = unpack2<T>(hs[k]);
+        parts[0] += u.x * v.x;
+        parts[1] += u.y * v.y;
+      }
+      sum += parts[0] + parts[1];
+    }
+    MAMBA2_UNROLL
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (ptx::laneid() == 0) K[warp] = sum;
+  }
+
+  MAMBA2_DEVICE void store_dx(int head) {
     const int thread = thread_anew();
-    const int column = thread % (kHeadDim / kColumns) * kColumns;
-    const int first = thread / (kHeadDim / kColumns), rows = task.own();
-    const float* delta = stage.delta + task.block * kBlock;
-    const float4 D = *reinterpret_cast<const float4*>(stage.D + column);
+    const int column = thread % kRowUnits * kUnit, first = thread / kRowUnits, rows = task.own();
     const int64_t token = task.chunk.token + task.block * kBlock + first;
     T* out = static_cast<T*>(args.dx.ptr) + task.chunk.row * args.dx.b + token * args.dx.l +
              head * args.dx.h + column;
-    MAMBA2_NO_UNROLL
-    for (int base = first; base < rows; base += kUnrolled * kRowsAtOnce) {
-      MAMBA2_UNROLL
-      for (int k = 0; k < kUnrolled; ++k, out += kRowsAtOnce * args.dx.l) {
-        const int row = base + k * kRowsAtOnce;
-        if (row >= rows) continue;
-        const float4 v = *reinterpret_cast<const float4*>(&s.dx[row][column]);
-        const uint2 dy = *static_cast<const uint2*>(tile::panel_address(stage.dy[0], row, column));
-        const float2 dy0 = unpack2<T>(dy.x), dy1 = unpack2<T>(dy.y);
-        const float d = delta[row];
-        *reinterpret_cast<uint2*>(out) =
-            uint2{pack2<T>(v.x * d + D.x * dy0.x, v.y * d + D.y * dy0.y),
-                  pack2<T>(v.z * d + D.z * dy1.x, v.w * d + D.w * dy1.y)};
-      }
+    MAMBA2_UNROLL
+    for (int pass = 0; pass < ceil_div(kBlock, kRowsAtOnce); ++pass) {
+      const int row = first + pass * kRowsAtOnce;
+      if (row < rows)
+        *reinterpret_cast<uint4*>(out) =
+            *static_cast<const uint4*>(tile::panel_address(s.dx, row, column));
+      out += kRowsAtOnce * args.dx.l;
     }
   }
 
-  MAMBA2_DEVICE void store_token_sums(const TokenStage<T>& stage, const HeadSums& sums,
-                                      int64_t index, int i) {
-    const float (&R)[4][kBlock] = sums.R[0];
+  MAMBA2_DEVICE void store_token_sums(const HeadResults& results, int64_t index, int i) {
+    const float (&R)[4][kBlock] = results.R[kOwn];
+    const bool earlier = task.block == 0;
     const int64_t own = index * kBackwardQ + task.block * kBlock + i;
-    const float Q = sums.V[i] * stage.delta[task.block * kBlock + i];
-    const float row = R[0][i] + R[1][i] + R[2][i] + R[3][i] - Q;
-    args.columns[own] = sums.V[i] + sums.diagonal[i];
-    args.to_state[own] = sums.F[i];
-    args.rows_out[own] = kEarlier ? row : row + sums.E[i];
-    if (kEarlier) args.later_rows[own] = sums.E[i];
+    const float row = R[0][i] + R[1][i] + R[2][i] + R[3][i] - results.Q[i];
+    args.columns[own] = results.V[i] + results.diagonal[i];
+    args.to_state[own] = results.F[i];
+    args.rows_out[own] = earlier ? row : row + results.E[i];
+    if (earlier) args.later_rows[own] = results.E[i];
     // (state_sweeps has written that of a last chunk)
-    if (kEarlier && i == 0 && !(task.chunk.is_last && args.d_final_states))
-      args.through[index] = sums.K[0] + sums.K[1] + sums.K[2] + sums.K[3];
+    if (earlier && i == 0 && !(task.chunk.is_last && args.d_final_states))
+      args.through[index] = (results.K[0] + results.K[1] + results.K[2]) * results.through;
   }
-  MAMBA2_DEVICE void store_other_sums(const HeadSums& sums, int64_t index, int head, int i) {
-    const float (&R)[4][kBlock] = sums.R[1];
-    if (kEarlier)
+  MAMBA2_DEVICE void store_other_sums(const HeadResults& results, int64_t index, int head, int i) {
+    const float (&R)[4][kBlock] = results.R[kLater];
+    const float (&dD)[4][kHeadDim] = results.dD;
+    if (task.block == 0)
       args.later_rows[index * kBackwardQ + kBlock + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
-    const float dD = args.D_per_channel
-                         ? sums.dD[0][i] + sums.dD[1][i] + sums.dD[2][i] + sums.dD[3][i]
-                         : sums.dy_x[i];
     const int64_t block = int64_t(task.i_chunk) * 2 + task.block;
-    args.dD_blocks[(block * args.h + head) * kHeadDim + i] = dD;
+    args.dD_blocks[(block * args.h + head) * kHeadDim + i] =
+        args.D_per_channel ? dD[0][i] + dD[1][i] + dD[2][i] + dD[3][i] : results.dy_x[i];
   }
 
   MAMBA2_DEVICE void run() {
     const int lane = ptx::laneid();
     MAMBA2_NO_UNROLL
     for (int i = 0; i < task.heads; ++i) {
-      const TokenStage<T>& stage = s.tokens[stage_of(i)];
-      const HeadSums& sums = s.sums[stage_of(i)];
+      const ResultSlot slot(i);
+      HeadResults& results = s.results[slot.stage];
       const int head = task.first_head + i;
       const int64_t index = args.head_at(task.i_chunk, head);
-      ptx::mbarrier_wait(&s.tokens_ring.full[stage_of(i)], phase_of(i));
-      ptx::mbarrier_wait(&s.head_done[stage_of(i)], phase_of(i));
-      store_dx(stage, head);
-      arrive_warp(&s.dx_read, lane);
+      if (task.block == 0) {
+        const StateSlot state(i);
+        ptx::mbarrier_wait(&s.states_ring.full[state.stage], state.phase);
+        multiply_states(s.states[state.stage], results.K);
+        arrive_warp(&s.states_ring.empty[state.stage], lane);
+        ptx::bar_sync(kFinishBarrier, kThreads);
+      }
+      ptx::mbarrier_wait(&s.results_ring.full[slot.stage], slot.phase);
+      store_dx(head);
       MAMBA2_NO_UNROLL
       for (int k = thread_anew(); k < 2 * kBlock; k += kThreads) {
         if (k < kBlock)
-          store_token_sums(stage, sums, index, k);
+          store_token_sums(results, index, k);
         else
-          store_other_sums(sums, index, head, k - kBlock);
+          store_other_sums(results, index, head, k - kBlock);
       }
-      arrive_warp(&s.tokens_ring.empty[stage_of(i)], lane);
+      arrive_warp(&s.results_ring.empty[slot.stage], lane);
     }
   }
 };

@@ -11,13 +11,13 @@
 //   owns 64 tokens, loops over its heads and keeps dB, dC and dCB, summed over heads, in registers.
 //   Its tokens are the j of all pairs (i, j): the earlier block also does the pairs with the later
 //   one, and what they give to the later tokens goes to dC_later and later_rows.
-// Warpgroups: the state side (products with S and G: dC, dB, E, K, dD); the token side (products of
-//   tokens, transposed: rows are j): dx, dCB, R, Q, F; a warp that loads and three that finish dx
-//   and the sums. C B^T is computed once and parked in shared memory in fp32; dCB meets B and C
-//   once, after the last head.
-// Shared memory: 2 stages x (x, dy of two blocks, S, G) + B, C of two blocks + C B^T + dx: 223 KB
-// at
-//   n = 128. Registers: 232 a consumer thread, 40 the others.
+// Warpgroups: the state side (products with S and G: dC, dB, E, dD); the token side (products of
+//   tokens, transposed: rows are j): dx, dCB, R, Q, F; a warp that loads and three that finish: K,
+//   and dx and all sums to memory. C B^T is computed once and parked in shared memory in fp32; dCB
+//   meets B and C once, after the last head.
+// Shared memory: 3 stages x (x, dy of two blocks) + 2 stages x (S, G) + B, C + C B^T of two blocks
+// +
+//   dx: 224 KB at n = 128. Registers: 224 and 240 a consumer thread, 40 the others.
 // Bound by HBM (80 KB a chunk and head), with issue slots and the tensor pipe close behind.
 // Not supported: p other than 64, n other than 64 and 128.
 #include "../core/launch.h"
@@ -41,58 +41,48 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   for (int panel = 0; panel < kN / 64; ++panel) {
     const int at = panel * kBlock * 64, column = panel * 64;
     ptx::tma_load_4d(s.B + at, &args.B, column, task.group, own, chunk.row, &s.group_full);
-    ptx::tma_load_4d(s.C[0] + at, &args.C, column, task.group, own, chunk.row, &s.group_full);
+    ptx::tma_load_4d(s.C + at, &args.C, column, task.group, own, chunk.row, &s.group_full);
     if (earlier)
-      ptx::tma_load_4d(s.C[1] + at, &args.C, column, task.group, later, chunk.row, &s.group_full);
+      ptx::tma_load_4d(s.later_C() + at, &args.C, column, task.group, later, chunk.row,
+                       &s.group_full);
   }
 
   constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
-  const uint32_t bytes = (2 + earlier) * kTile + 2 * kScalars + kDRow;
+  const uint32_t bytes = (2 + earlier) * kTile + 3 * kScalars + kDRow;
   for (int i = 0; i < task.heads; ++i) {
-    const int head = task.first_head + i, at = stage_of(i);
+    const int head = task.first_head + i;
     const int64_t index = args.head_at(task.i_chunk, head);
 
-    StateStage<T, kN>& states = s.states[at];
-    ptx::Mbarrier* full = &s.states_ring.full[at];
-    ptx::mbarrier_wait(&s.states_ring.empty[at], phase_of(i) ^ 1);
+    const StateSlot state(i);
+    StateStage<T, kN>& states = s.states[state.stage];
+    ptx::Mbarrier* full = &s.states_ring.full[state.stage];
+    ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, 2 * kImage);
     ptx::bulk_load(states.G, static_cast<const T*>(args.d_states) + index * (kHeadDim * kN), kImage,
                    full);
     ptx::bulk_load(states.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
                    full);
 
-    TokenStage<T>& stage = s.tokens[at];
-    full = &s.tokens_ring.full[at];
-    ptx::mbarrier_wait(&s.tokens_ring.empty[at], phase_of(i) ^ 1);
+    const TokenSlot slot(i);
+    TokenStage<T>& stage = s.tokens[slot.stage];
+    full = &s.tokens_ring.full[slot.stage];
+    ptx::mbarrier_wait(&s.tokens_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, bytes);
     ptx::tma_load_4d(stage.x, &args.x, 0, head, own, chunk.row, full);
     ptx::tma_load_4d(stage.dy[0], &args.dy, 0, head, own, chunk.row, full);
     if (earlier) ptx::tma_load_4d(stage.dy[1], &args.dy, 0, head, later, chunk.row, full);
     ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + index * kBackwardQ, kScalars, full);
+    ptx::bulk_load(stage.a_run_log2, args.a_run_log2 + index * kBackwardQ, kScalars, full);
     ptx::bulk_load(stage.delta, args.delta + index * kBackwardQ, kScalars, full);
     ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
   }
-}
-
-// The roles of a block's warps; which block of the chunk it has is known at compile time.
-template <class T, int kN, bool kEarlier>
-MAMBA2_DEVICE void run_roles(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
-                             const ScanTask& task) {
-  const int warpgroup = tile::uniform(threadIdx.x / tile::kWarpgroup);
-  if (warpgroup == 2) {
-    ptx::setmaxnreg_dec<40>();
-    const int warp = tile::uniform(threadIdx.x / 32) - kConsumerWarps;
-    if (warp > 0)
-      FinishingSide<T, kN, kEarlier>{args, s, task, warp - 1}.run();
-    else if (threadIdx.x == kScanConsumers)
-      produce<T, kN>(args, s, task);
-  } else if (warpgroup == 0) {
-    ptx::setmaxnreg_inc<224>();
-    StateSide<T, kN, kEarlier>(args, s, task).run();
-  } else {
-    ptx::setmaxnreg_inc<240>();
-    TokenSide<T, kN, kEarlier>(args, s, task).run();
-  }
+  if (!earlier) return;
+  const StateSlot state(task.heads);
+  ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
+  ptx::mbarrier_arrive_expect_tx(&s.states_ring.full[state.stage], kGroupTile);
+  for (int panel = 0; panel < kN / 64; ++panel)
+    ptx::tma_load_4d(s.later_C_again(task.heads) + panel * kBlock * 64, &args.C, panel * 64,
+                     task.group, later, chunk.row, &s.states_ring.full[state.stage]);
 }
 
 template <class T, int kN>
@@ -103,19 +93,28 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
   const ScanTask task(args);
   if (task.chunk.i_seq < 0) return;
   if (threadIdx.x == 0) {
-    s.tokens_ring.init(1, kConsumerWarps + kFinishWarps);
-    s.states_ring.init(1, kConsumerWarps);
+    s.tokens_ring.init(1, kConsumerWarps);
+    s.states_ring.init(1, kConsumerWarps + (task.block == 0 ? kFinishWarps : 0));
+    s.results_ring.init(kConsumerWarps, kFinishWarps);
     ptx::mbarrier_init(&s.group_full, 1);
-    for (int i = 0; i < kScanStages; ++i) ptx::mbarrier_init(&s.head_done[i], kConsumerWarps);
-    ptx::mbarrier_init(&s.dx_read, kFinishWarps);
     ptx::mbarrier_init(&s.consumers, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  if (task.block == 0)
-    run_roles<T, kN, true>(args, s, task);
-  else
-    run_roles<T, kN, false>(args, s, task);
+  const int warp = tile::uniform(threadIdx.x / 32);
+  if (warp >= kConsumerWarps) {
+    ptx::setmaxnreg_dec<40>();
+    if (warp > kConsumerWarps)
+      FinishingSide<T, kN>{args, s, task, warp - kConsumerWarps - 1}.run();
+    else if (threadIdx.x == kScanConsumers)
+      produce<T, kN>(args, s, task);
+  } else if (warp < kConsumerWarps / 2) {
+    ptx::setmaxnreg_inc<224>();
+    StateSide<T, kN>(args, s, task).run();
+  } else {
+    ptx::setmaxnreg_inc<240>();
+    TokenSide<T, kN>(args, s, task).run();
+  }
 #endif
 }
 

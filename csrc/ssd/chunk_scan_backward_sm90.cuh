@@ -4,62 +4,78 @@
 
 namespace mamba2::ssd::sm90 {
 
-constexpr int kScanStages = 2;
+constexpr int kTokenStages = 3, kStateStages = 2, kResultStages = 2;
 constexpr int kScanConsumers = 2 * tile::kWarpgroup;
 constexpr int kScanThreads = kScanConsumers + tile::kWarpgroup;
 constexpr int kConsumerWarps = kScanConsumers / 32;
 constexpr int kFinishWarps = 3;  // of the producer's warpgroup
 
 // Where the i-th head of a task lies in a ring.
-MAMBA2_DEVICE int stage_of(int i) { return i % kScanStages; }
-MAMBA2_DEVICE uint32_t phase_of(int i) { return i / kScanStages & 1; }
+template <int kStages>
+struct Slot {
+  int stage;
+  uint32_t phase;
+  MAMBA2_DEVICE explicit Slot(int i) : stage(i % kStages), phase(i / kStages & 1) {}
+};
+using TokenSlot = Slot<kTokenStages>;
+using StateSlot = Slot<kStateStages>;
+using ResultSlot = Slot<kResultStages>;
 
-// The tokens of one head. Read until its dx is stored.
+// The tokens of one head.
 template <class T>
 struct alignas(1024) TokenStage {
   T x[kBlock * kHeadDim];      // own tokens
   T dy[2][kBlock * kHeadDim];  // own tokens; in the earlier block the later ones too
   float a_log2[kBackwardQ];    // of the whole chunk
+  float a_run_log2[kBackwardQ];
   float delta[kBackwardQ];
   float D[kHeadDim];
 };
-// Its states. They are done with sooner, and half of all bytes: so they have a ring of their own.
+// Its states: half of all bytes, and done with sooner than the tokens.
 template <class T, int kN>
 struct alignas(1024) StateStage {
   T S[kHeadDim * kN];  // panels [p][64 n]
   T G[kHeadDim * kN];
 };
 
-// What the two consumers leave of one head for the finishing side.
-struct HeadSums {
+// What the two consumers leave of one head for the finishing side; dx is apart.
+struct HeadResults {
   float E[kBlock];
   float F[kBlock];         // F_j / delta_j
   float V[kBlock];         // sum_{i>j} V_ij
+  float Q[kBlock];         // the same times delta_j
   float diagonal[kBlock];  // V_jj
   float R[2][4][kBlock];   // own and later columns, by warp
   float dy_x[kBlock];      // dy_j . x_j
   float dD[4][kHeadDim];   // by warp, when D is per channel
-  float K[4];
+  float through;           // 2^a_q
+  float K[kFinishWarps];   // <G, S>, by warp
 };
-
-// Eight more columns than channels: writes of an accumulator then fall in different banks.
-constexpr int kDxStride = kHeadDim + 8;
 
 template <class T, int kN>
 struct alignas(1024) ChunkScanBackwardSmem {
-  TokenStage<T> tokens[kScanStages];
-  StateStage<T, kN> states[kScanStages];
+  TokenStage<T> tokens[kTokenStages];
+  StateStage<T, kN> states[kStateStages];
   T B[kBlock * kN];                   // own tokens: panels [token][64 n]
-  T C[2][kBlock * kN];                // own tokens, later tokens
+  T C[kBlock * kN];                   // own tokens
   float4 BC[2][8][tile::kWarpgroup];  // (C B^T)^T, an accumulator: [element / 4][thread]
-  float dx[kBlock][kDxStride];        // [token][p], without delta_j and D
-  HeadSums sums[kScanStages];
-  tile::Ring<kScanStages> tokens_ring, states_ring;
-  ptx::Mbarrier group_full;              // B and C are in
-  ptx::Mbarrier head_done[kScanStages];  // dx and sums are in
-  ptx::Mbarrier dx_read;                 // dx may be overwritten
-  ptx::Mbarrier consumers;               // both consumers have come
+  T dx[kBlock * kHeadDim];            // [token][p]
+  HeadResults results[kResultStages];
+  tile::Ring<kTokenStages> tokens_ring;
+  tile::Ring<kStateStages> states_ring;
+  tile::Ring<kResultStages> results_ring;
+  ptx::Mbarrier group_full;  // B and C are in
+  ptx::Mbarrier consumers;   // both consumers have come
+
+  // C of the later tokens: until C B^T takes its place, and again after the last head, in the ring
+  // of states.
+  MAMBA2_DEVICE T* later_C() { return reinterpret_cast<T*>(BC[1]); }
+  MAMBA2_DEVICE T* later_C_again(int heads) { return states[StateSlot(heads).stage].S; }
 };
+
+// A target is a block of tokens i: the own one, or (in the earlier block) the later one.
+enum Target { kOwn = 0, kLater = 1 };
+enum ScanBarriers { kTokenSideBarrier = 1, kStateSideBarrier, kFinishBarrier };
 
 // Which tokens and heads a block works on.
 struct ScanTask {
@@ -151,24 +167,30 @@ struct ScanConsumer {
           float2{d[e], d[e + 1]};
   }
   template <int kColumns>
-  MAMBA2_DEVICE void clear(T* tile, int count) const {
+  MAMBA2_DEVICE void clear(T* tile, int count, int thread, int threads) const {
     for (int panel = 0; panel < kColumns / 64; ++panel)
-      tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, threadIdx.x, kScanConsumers);
+      tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, thread, threads);
+  }
+  // By both consumers.
+  template <int kColumns>
+  MAMBA2_DEVICE void clear(T* tile, int count) const {
+    clear<kColumns>(tile, count, threadIdx.x, kScanConsumers);
   }
   MAMBA2_DEVICE void wait_group() {
     ptx::mbarrier_wait(&s.group_full, 0);
     const int valid = task.valid(args);
     if (valid == kBackwardQ) return;
     clear<kN>(s.B, task.own_of(valid));
-    clear<kN>(s.C[0], task.own_of(valid));
-    if (task.block == 0) clear<kN>(s.C[1], max(0, valid - kBlock));
+    clear<kN>(s.C, task.own_of(valid));
+    if (task.block == 0) clear<kN>(s.later_C(), max(0, valid - kBlock));
     ptx::fence_proxy_async_shared();
     both();
   }
   // The tokens of the i-th head of the task.
   MAMBA2_DEVICE const TokenStage<T>& wait_tokens(int i) {
-    TokenStage<T>& stage = s.tokens[stage_of(i)];
-    ptx::mbarrier_wait(&s.tokens_ring.full[stage_of(i)], phase_of(i));
+    const TokenSlot slot(i);
+    TokenStage<T>& stage = s.tokens[slot.stage];
+    ptx::mbarrier_wait(&s.tokens_ring.full[slot.stage], slot.phase);
     const int valid = task.valid(args);
     if (valid == kBackwardQ) return stage;
     clear<kHeadDim>(stage.x, task.own_of(valid));
@@ -179,11 +201,12 @@ struct ScanConsumer {
     return stage;
   }
   MAMBA2_DEVICE const StateStage<T, kN>& wait_states(int i) const {
-    ptx::mbarrier_wait(&s.states_ring.full[stage_of(i)], phase_of(i));
-    return s.states[stage_of(i)];
+    const StateSlot slot(i);
+    ptx::mbarrier_wait(&s.states_ring.full[slot.stage], slot.phase);
+    return s.states[slot.stage];
   }
-  // dCB, summed over heads and rounded, transposed ([j][i]); no state is read by then.
-  MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.states[0].G : s.states[0].S; }
+  // dCB, summed over heads and rounded, transposed ([j][i]); no token is read by then.
+  MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.tokens[0].dy[0] : s.tokens[0].x; }
 };
 
 // d (64, kN) += A B with A in registers; returns when it is done.

@@ -2,7 +2,7 @@
 // rows are the own tokens j and columns the tokens i >= j of the own and the later block.
 //
 //   U_ji = x_j . dy_i     V_ij = L_ij (C_i.B_j) U_ji     dCB_ji += L_ij delta_j U_ji
-//   dx_j / delta_j without D = 2^(a_q - a_j) G B_j + sum_i L_ij (C_i.B_j) dy_i
+//   dx_j = delta_j [2^(a_q - a_j) G B_j + sum_i L_ij (C_i.B_j) dy_i] + D dy_j
 //   R_i = sum_{j<i} V_ij delta_j     sum_{i>j} V_ij     F_j / delta_j
 //
 // Products run ahead: U of the next target or head under the last of this one, G B_j under the
@@ -14,31 +14,35 @@ namespace mamba2::ssd::sm90 {
 
 // The own tokens of this lane's two rows, and their sums over i > j of V_ij.
 struct Rows {
-  float a_log2[2], delta[2], V[2];
+  // Cumulative log2 decay, counted from the first of the 16 tokens i at hand: under strong decay a
+  // chunk's own sums lack the bits that near tokens differ in.
+  float a_log2[2];
+  float delta[2], V[2];
 };
+// The decay of one run of 16 tokens.
+MAMBA2_DEVICE float run_decay(const float* a_run_log2, int run) {
+  return a_run_log2[16 * run + 15];
+}
 
-// A target is a block of tokens i: the own one, or (in the earlier block) the later one.
-enum Target { kOwn = 0, kLater = 1 };
-
-template <class T, int kN, bool kEarlier>
+template <class T, int kN>
 struct TokenSide : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::thread;
   using Base::Base;
-  static constexpr int kTargets = kEarlier ? 2 : 1;
-  float dCB[kTargets][kBlock / 2];  // (j, i), summed over heads
-  float U[kBlock / 2];              // of the next target: on its way from one step to the next
+  float dCB[2][kBlock / 2];  // (j, i), summed over heads
+  float U[kBlock / 2];       // of the next target: on its way from one step to the next
 
   // 16 columns i of the target: L o C B^T into the fragment m, L o delta o U into dCB, sums of V.
   // Where they are a warp's own rows (diagonal), pairs with i < j are masked.
   template <int kTarget>
-  MAMBA2_DEVICE void weigh_step(uint32_t (&m)[16], Rows& rows, float (&columns)[16], HeadSums& sums,
-                                int step, const float* a_log2, bool diagonal) {
+  MAMBA2_DEVICE void weigh_step(uint32_t (&m)[16], Rows& rows, float (&columns)[16],
+                                HeadResults& results, int step, const float* a_run_log2,
+                                bool diagonal) {
     const int past = 2 * (me.lane % 4) - me.lane / 4;  // i - j where both are in the same 8
     float L[2][4], V[2][4];                            // [8 columns][element]
     MAMBA2_UNROLL
     for (int u = 0; u < 2; ++u) {
-      const float2 a2 = *reinterpret_cast<const float2*>(a_log2 + me.column(2 * step + u));
+      const float2 a2 = *reinterpret_cast<const float2*>(a_run_log2 + me.column(2 * step + u));
       MAMBA2_UNROLL
       for (int e = 0; e < 4; ++e) L[u][e] = ptx::ex2((e & 1 ? a2.y : a2.x) - rows.a_log2[e >> 1]);
     }
@@ -72,8 +76,8 @@ struct TokenSide : ScanConsumer<T, kN> {
         const float V0 = V[u][2 * u], V1 = V[u][2 * u + 1];
         const float U0 = U[8 * step + 6 * u], U1 = U[8 * step + 6 * u + 1];
         if (past == 0 || past == -1) {
-          sums.diagonal[me.row(u)] = past == 0 ? V0 : V1;
-          sums.dy_x[me.row(u)] = past == 0 ? U0 : U1;
+          results.diagonal[me.row(u)] = past == 0 ? V0 : V1;
+          results.dy_x[me.row(u)] = past == 0 ? U0 : U1;
         }
         V[u][2 * u] = past == 0 ? 0 : V0;
         V[u][2 * u + 1] = past == -1 ? 0 : V1;
@@ -90,7 +94,8 @@ struct TokenSide : ScanConsumer<T, kN> {
   }
   // All of the target.
   template <int kTarget>
-  MAMBA2_DEVICE void weigh(uint32_t (&m)[16], Rows& rows, HeadSums& sums, const float* a_log2) {
+  MAMBA2_DEVICE void weigh(uint32_t (&m)[16], Rows& rows, HeadResults& results,
+                           const float* a_run_log2) {
     // The own block's steps before a warp's own rows: every i is before every j.
     const int first_step = kTarget == kOwn ? me.warp : 0;
     // As a set of bits: told that step == warp, the compiler would index registers with the warp.
@@ -101,10 +106,13 @@ struct TokenSide : ScanConsumer<T, kN> {
     MAMBA2_UNROLL
     for (int step = 0; step < 4; ++step) {
       __syncwarp();  // keeps the compiler from loading all steps' C B^T at once: registers
-      if (step >= first_step)
-        weigh_step<kTarget>(m, rows, columns, sums, step, a_log2, diagonal >> step & 1);
+      if (step >= first_step) {
+        weigh_step<kTarget>(m, rows, columns, results, step, a_run_log2, diagonal >> step & 1);
+        const float run = run_decay(a_run_log2, step);
+        rows.a_log2[0] -= run, rows.a_log2[1] -= run;
+      }
     }
-    column_sums(columns, sums.R[kTarget][me.warp], me.lane);
+    column_sums(columns, results.R[kTarget][me.warp], me.lane);
   }
 
   // `me`, with the lane asked for anew: what follows from a kept one would cost registers.
@@ -131,46 +139,76 @@ struct TokenSide : ScanConsumer<T, kN> {
   }
   // G B_j becomes 2^(a_q - a_j) G B_j; its product with x_j is F_j / delta_j.
   MAMBA2_DEVICE void weigh_state(const TokenStage<T>& stage, float (&GB)[32], const Rows& rows,
-                                 HeadSums& sums) {
+                                 HeadResults& results) {
     const tile::Lane me = me_anew();
     uint32_t x[16];
     tile::load_fragments<4>(x, stage.x, me);
-    float to_state[2], F[2];
+    float rest = 0, to_state[2], F[2];  // from the own block's end to the chunk's
+    if (earlier()) {
+      MAMBA2_UNROLL
+      for (int run = 4; run < 8; ++run) rest += run_decay(stage.a_run_log2, run);
+    }
     MAMBA2_UNROLL
-    for (int half = 0; half < 2; ++half)
-      to_state[half] = ptx::ex2(stage.a_log2[kBackwardQ - 1] - rows.a_log2[half]);
+    for (int half = 0; half < 2; ++half) to_state[half] = ptx::ex2(rest - rows.a_log2[half]);
     MAMBA2_UNROLL
     for (int e = 0; e < 32; ++e) GB[e] *= to_state[(e >> 1) & 1];
     row_dots<T>(F, x, GB);
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float sum = row_sum(F[half]);
-      if (me.lane % 4 == 0) sums.F[me.row(half)] = sum;
+      if (me.lane % 4 == 0) results.F[me.row(half)] = sum;
     }
   }
-  // This lane's part of dx and of the sums over its rows, to shared memory.
-  MAMBA2_DEVICE void leave(const float (&dx)[32], const Rows& rows, HeadSums& sums, int i) {
+  // This lane's part of dx, complete and rounded, and of the sums over its rows: to shared memory.
+  MAMBA2_DEVICE void leave(const TokenStage<T>& stage, const float (&dx)[32], const Rows& rows,
+                           HeadResults& results, int i) {
     const tile::Lane me = me_anew();
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float V = row_sum(rows.V[half]);
-      if (me.lane % 4 == 0) sums.V[me.row(half)] = V;
+      if (me.lane % 4 == 0) {
+        results.V[me.row(half)] = V;
+        results.Q[me.row(half)] = V * rows.delta[half];
+      }
     }
-    ptx::mbarrier_wait(&s.dx_read, (i & 1) ^ 1);
+    uint32_t dy[16];
+    tile::load_fragments<4>(dy, stage.dy[0], me);
+    if (i > 0) {
+      const ResultSlot last(i - 1);
+      ptx::mbarrier_wait(&s.results_ring.empty[last.stage], last.phase);
+    }
     MAMBA2_UNROLL
-    for (int e = 0; e < 32; e += 2)
-      *reinterpret_cast<float2*>(&s.dx[me.row((e >> 1) & 1)][me.column(e / 4)]) =
-          float2{dx[e], dx[e + 1]};
+    for (int step = 0; step < 4; ++step) {
+      uint32_t r[4];
+      MAMBA2_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const int pair = 4 * step + k;
+        const float2 v = unpack2<T>(dy[pair]);
+        const float2 D = *reinterpret_cast<const float2*>(stage.D + me.column(pair / 2));
+        r[k] = pack2<T>(dx[2 * pair] * rows.delta[k & 1] + D.x * v.x,
+                        dx[2 * pair + 1] * rows.delta[k & 1] + D.y * v.y);
+      }
+      tile::store_fragment(s.dx, r, step, me);
+    }
   }
 
-  // The i-th head, whose U of the own block is on its way; leaves the next head's on its way.
+  MAMBA2_DEVICE bool earlier() const { return task.block == 0; }
+  // U of the own block of the head after the i-th: issued. (After the last one it is computed once
+  // more and for nothing, rather than never: as many products are then always on their way.)
+  MAMBA2_DEVICE void multiply_next(int i) {
+    const int next = min(i + 1, task.heads - 1);
+    if (next > i) this->wait_tokens(next);
+    multiply_tokens(s.tokens[TokenSlot(next).stage], kOwn);
+  }
+
+  // The i-th head, whose U of the own block is at hand; leaves that of the next head.
   MAMBA2_DEVICE void head(int i) {
-    const TokenStage<T>& stage = s.tokens[stage_of(i)];
+    const TokenStage<T>& stage = s.tokens[TokenSlot(i).stage];
     const StateStage<T, kN>& states = this->wait_states(i);
-    HeadSums& sums = s.sums[stage_of(i)];
-    const float* a_log2 = stage.a_log2 + task.block * kBlock;
+    HeadResults& results = s.results[ResultSlot(i).stage];
+    const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
     const float* delta = stage.delta + task.block * kBlock;
-    float dx[32];
+    float dx[32];  // lacks delta_j and D until the end
     ptx::wgmma_fence_operand(dx);
     ptx::wgmma_fence();
     tile::product_ss<T, kHeadDim, kN / 16>(dx, tile::KMajor<kBlock>{s.B},
@@ -179,50 +217,53 @@ struct TokenSide : ScanConsumer<T, kN> {
     Rows rows;
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
-      rows.a_log2[half] = a_log2[me.row(half)];
+      rows.a_log2[half] = a_run_log2[me.row(half)];
       rows.delta[half] = delta[me.row(half)];
       rows.V[half] = 0;
     }
     uint32_t own[16];
-    weigh<kOwn>(own, rows, sums, a_log2);
-    if (kEarlier) multiply_tokens(stage, kLater);
-    ptx::wgmma_wait_group<kEarlier ? 1 : 0>();
+    weigh<kOwn>(own, rows, results, a_run_log2);
+    if (earlier())
+      multiply_tokens(stage, kLater);
+    else
+      multiply_next(i);
+    ptx::wgmma_wait_group<1>();
     ptx::wgmma_fence_operand(dx);
-    arrive_warp(&s.states_ring.empty[stage_of(i)], me.lane);
-    weigh_state(stage, dx, rows, sums);
+    arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
+    weigh_state(stage, dx, rows, results);
     multiply_weights(dx, own, stage, kOwn);
-    if (kEarlier) {
+    if (earlier()) {
       uint32_t later[16];
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_fence_operand(U);
-      weigh<kLater>(later, rows, sums, a_log2 + kBlock);
+      weigh<kLater>(later, rows, results, a_run_log2 + kBlock);
       multiply_weights(dx, later, stage, kLater);
+      multiply_next(i);
+      ptx::wgmma_wait_group<1>();
+    } else {
+      ptx::wgmma_wait_group<0>();
     }
-    // (of the last head once more, and for nothing, rather than never)
-    const int next = min(i + 1, task.heads - 1);
-    if (next > i) this->wait_tokens(next);
-    multiply_tokens(s.tokens[stage_of(next)], kOwn);
-    ptx::wgmma_wait_group<1>();
     ptx::wgmma_fence_operand(dx);
-    leave(dx, rows, sums, i);
+    leave(stage, dx, rows, results, i);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
-    arrive_warp(&s.head_done[stage_of(i)], me.lane);
-    arrive_warp(&s.tokens_ring.empty[stage_of(i)], me.lane);
+    arrive_warp(&s.results_ring.full[ResultSlot(i).stage], me.lane);
+    arrive_warp(&s.tokens_ring.empty[TokenSlot(i).stage], me.lane);
   }
 
   // (C B^T)^T of the own tokens j and each block of tokens i.
   MAMBA2_DEVICE void park_BC() {
     MAMBA2_NO_UNROLL
-    for (int i = 0; i < kTargets; ++i) {
+    for (int i = 0; i < 2 - task.block; ++i) {
       float d[32];
       ptx::wgmma_fence_operand(d);
       ptx::wgmma_fence();
-      tile::product_ss<T, kBlock, kN / 16>(d, tile::KMajor<kBlock>{s.B},
-                                           tile::KMajor<kBlock>{s.C[i]}, false);
+      tile::product_ss<T, kBlock, kN / 16>(
+          d, tile::KMajor<kBlock>{s.B}, tile::KMajor<kBlock>{i == kOwn ? s.C : s.later_C()}, false);
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(d);
+      ptx::bar_sync(kTokenSideBarrier, tile::kWarpgroup);  // all have read later_C
       MAMBA2_UNROLL
       for (int e = 0; e < 8; ++e)
         s.BC[i][e][thread] = float4{d[4 * e], d[4 * e + 1], d[4 * e + 2], d[4 * e + 3]};
@@ -252,17 +293,17 @@ struct TokenSide : ScanConsumer<T, kN> {
     this->wait_group();
     park_BC();
     MAMBA2_UNROLL
-    for (int e = 0; e < kTargets * kBlock / 2; ++e) dCB[e / (kBlock / 2)][e % (kBlock / 2)] = 0;
+    for (int e = 0; e < kBlock; ++e) dCB[e / (kBlock / 2)][e % (kBlock / 2)] = 0;
     multiply_tokens(this->wait_tokens(0), kOwn);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
     MAMBA2_NO_UNROLL
     for (int i = 0; i < task.heads; ++i) head(i);
     this->both();
-    MAMBA2_UNROLL
-    for (int target = 0; target < kTargets; ++target) store_dCB(target, dCB[target]);
+    store_dCB(kOwn, dCB[kOwn]);
+    if (earlier()) store_dCB(kLater, dCB[kLater]);
     this->both();
-    if (kEarlier) store_later_dC();
+    if (earlier()) store_later_dC();
   }
 };
 

@@ -30,6 +30,7 @@ struct BackwardArgs {
   int slices, heads_per_slice;  // of a group's heads: each has its own sums of dB and dC
   const float* delta;           // (chunks, h, q)
   const float* a_cumsum_log2;   // (chunks, h, q)
+  const float* a_run_log2;      // (chunks, h, q)     the same from the start of each 16 tokens
   AnyFloat D;                   // (h) or (h, p), optional
   bool D_per_channel;
   AnyFloat initial_states;      // (nseq, h, p, n), optional

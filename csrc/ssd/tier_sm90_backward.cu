@@ -37,7 +37,7 @@ int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) 
 // What lies in the workspace; args points into it. With no memory behind it, it only counts.
 struct Memory {
   void *chunk_table, *delta_backward;
-  float *delta, *a_cumsum_log2, *dD;
+  float *delta, *a_cumsum_log2, *a_run_log2, *dD;
   Memory(const Shape& shape, DType dtype, BackwardArgs* args, Workspace& memory) {
     const int64_t chunks = shape.chunks(kBackwardQ), heads = chunks * shape.h;
     const int64_t groups = chunks * shape.g * args->slices * shape.n;
@@ -46,6 +46,7 @@ struct Memory {
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
     delta = memory.take_array<float>(heads * kBackwardQ);
     a_cumsum_log2 = memory.take_array<float>(heads * kBackwardQ);
+    a_run_log2 = memory.take_array<float>(heads * kBackwardQ);
     args->rows_out = memory.take_array<float>(heads * kBackwardQ);
     args->later_rows = memory.take_array<float>(heads * kBackwardQ);
     args->columns = memory.take_array<float>(heads * kBackwardQ);
@@ -94,6 +95,7 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->n = in.shape.n;
   args->delta = memory.delta;
   args->a_cumsum_log2 = memory.a_cumsum_log2;
+  args->a_run_log2 = memory.a_run_log2;
   args->D = in.D;
   args->D_per_channel = in.D_per_channel;
   args->initial_states = in.initial_states;
@@ -142,8 +144,8 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   if (const int error = make_chunking(in, kBackwardQ, memory.chunk_table, &args.chunking, stream)) {
     return error;
   }
-  if (const int error =
-          chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream)) {
+  if (const int error = chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream,
+                                     {}, nullptr, memory.a_run_log2)) {
     return error;
   }
   if (const int error = state_sweeps(args, in.dtype, stream)) return error;
