@@ -90,6 +90,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     chunk_scan_backward_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
 #if MAMBA2_SM90A
   auto& s = *static_cast<ChunkScanBackwardSmem<T, kN>*>(ptx::dynamic_smem());
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const ScanTask task(args);
   if (task.chunk.i_seq < 0) return;
   if (threadIdx.x == 0) {
@@ -126,7 +128,8 @@ int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
     using T = decltype(element);
     using Smem = ChunkScanBackwardSmem<T, n()>;
     static_assert(sizeof(Smem) <= 227 * 1024, "shared memory of one block");
-    const LaunchShape at{dim3(2 * args.chunks, args.g * args.slices), kScanThreads, sizeof(Smem)};
+    const LaunchShape at{dim3(2 * args.chunks, args.g * args.slices), kScanThreads, sizeof(Smem),
+                         true};
     return launch(chunk_scan_backward_kernel<T, n()>, at, stream, args);
   });
 }

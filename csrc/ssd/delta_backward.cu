@@ -1,11 +1,14 @@
 // delta_backward: the gradients of delta_t and of delta_t A, from their parts, to d_dt, dA and
 // d_dt_bias (equations in delta_backward.h).
 //
-// delta_gradients: grid (chunks, blocks of 16 heads), 8 warps. A warp takes one head at a time, its
-//   lanes consecutive runs of tokens, so that both sums along the chunk are scans of a warp. The
-//   result goes through shared memory, because dt and d_dt are read and written heads first.
+// delta_gradients: grid (chunks, blocks of 16 heads), a warp a head, its lanes consecutive runs of
+//   tokens, so that both sums along the chunk are scans of a warp. The result goes through shared
+//   memory, because dt and d_dt are read and written heads first; dt is on its way from the start.
 // sum_chunks: grid (blocks of 32 columns, array): what the chunks left, added in a fixed order.
 // Bound by HBM: six fp32 arrays (tokens, h) read once, dt read, d_dt written.
+#include <cstring>
+#include <type_traits>
+
 #include "../core/convert.cuh"
 #include "../core/launch.h"
 #include "../ptx/common.cuh"
@@ -15,7 +18,7 @@
 namespace mamba2::ssd {
 namespace {
 
-constexpr int kHeads = 16, kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kHeads = 16, kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kTokensAtOnce = kThreads / kHeads;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -82,6 +85,19 @@ MAMBA2_DEVICE float warp_sum(float v) {
   return v;
 }
 
+// This lane's run of consecutive elements.
+template <int kRun>
+MAMBA2_DEVICE void load_run(float (&r)[kRun], const float* from) {
+  using Vector =
+      std::conditional_t<(kRun > 2), float4, std::conditional_t<kRun == 2, float2, float>>;
+  constexpr int kWidth = sizeof(Vector) / sizeof(float);
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; k += kWidth) {
+    const Vector v = *reinterpret_cast<const Vector*>(from + k);
+    std::memcpy(r + k, &v, sizeof v);
+  }
+}
+
 // One head of the chunk: d delta into shared memory, the chunk's share of dA to global memory.
 template <int kRun>
 MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, const Chunk& chunk,
@@ -92,28 +108,25 @@ MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, con
   const int64_t at = (int64_t(i_c) * g.h + i_h) * (32 * kRun) + first;
   const float A = load<float>(g.A, i_h);
   // log_decay of a segment is the plain sum: the clamp of a token's decay is not in its gradient.
-  const float d_log_decay =
-      g.d_log_decay ? g.d_log_decay[int64_t(chunk.i_seq) * g.h + i_h] : 0.f;
+  const float d_log_decay = g.d_log_decay ? g.d_log_decay[int64_t(chunk.i_seq) * g.h + i_h] : 0.f;
   float through = 0;
   for (int i = 0; i < parts.through_parts; ++i)
     through += parts.through[(i * g.chunks + i_c) * g.h + i_h];
 
   float delta[kRun], across[kRun], to_state[kRun], d_delta[kRun];
-  MAMBA2_UNROLL
-  for (int k = 0; k < kRun; ++k) {
-    const bool valid = first + k < chunk.count;
-    delta[k] = valid ? parts.delta[at + k] : 0.f;
-    across[k] = parts.rows[at + k];
-    to_state[k] = parts.to_state[at + k];
-    d_delta[k] = parts.columns[at + k];
-  }
+  load_run(delta, parts.delta + at);
+  load_run(across, parts.rows + at);
+  load_run(to_state, parts.to_state + at);
+  load_run(d_delta, parts.columns + at);
   for (int i = 0; i < parts.from_state_parts; ++i) {
+    float from_state[kRun];
+    load_run(from_state, parts.from_state + i * all + at);
     MAMBA2_UNROLL
-    for (int k = 0; k < kRun; ++k) across[k] += parts.from_state[i * all + at + k];
+    for (int k = 0; k < kRun; ++k) across[k] += from_state[k];
   }
   MAMBA2_UNROLL
   for (int k = 0; k < kRun; ++k) {
-    if (first + k >= chunk.count) across[k] = to_state[k] = 0;
+    if (first + k >= chunk.count) delta[k] = across[k] = to_state[k] = 0;
     d_delta[k] += to_state[k];
     to_state[k] *= delta[k];
   }
@@ -132,9 +145,33 @@ MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, con
   if (lane == 0) g.dA[int64_t(i_c) * g.h + i_h] = dA;
 }
 
+// dt of one head, every kTokensAtOnce-th token from `at` on; 0 past the chunk's end.
+template <class Stored, int kSteps>
+MAMBA2_DEVICE void load_dt(float (&raw)[kSteps], const Gradients& g, int64_t at, int tokens) {
+  MAMBA2_UNROLL
+  for (int k = 0; k < kSteps; ++k, at += kTokensAtOnce * g.dt.l)
+    raw[k] =
+        k * kTokensAtOnce < tokens ? convert<float>(static_cast<const Stored*>(g.dt.ptr)[at]) : 0.f;
+}
+template <int kSteps>
+MAMBA2_DEVICE void load_dt(float (&raw)[kSteps], const Gradients& g, int64_t at, int tokens) {
+  switch (g.dt_dtype) {
+    case DType::f64:
+      return load_dt<double>(raw, g, at, tokens);
+    case DType::f32:
+      return load_dt<float>(raw, g, at, tokens);
+    case DType::bf16:
+      return load_dt<bf16>(raw, g, at, tokens);
+    case DType::f16:
+      return load_dt<f16>(raw, g, at, tokens);
+  }
+}
+
 template <int kRun>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kRun > 4 ? 2 : 3)
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kRun > 4 ? 1 : 2)
     delta_gradients(const MAMBA2_GRID_CONSTANT Gradients g) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   Smem<32 * kRun>& smem = *static_cast<Smem<32 * kRun>*>(ptx::dynamic_smem());
   const int i_c = blockIdx.x, first_head = blockIdx.y * kHeads;
   const int heads = g.h - first_head < kHeads ? g.h - first_head : kHeads;
@@ -146,19 +183,25 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kRun > 4 ? 2 : 3)
     }
     return;
   }
-  for (int i = threadIdx.x / 32; i < heads; i += kWarps)
+  const int i_h = threadIdx.x % kHeads, slot = threadIdx.x / kHeads;
+  const int64_t row = chunk.row, head = first_head + i_h;
+  constexpr int kSteps = 32 * kRun / kTokensAtOnce;
+  float raw[kSteps];
+  load_dt(raw, g, row * g.dt.b + (chunk.token + slot) * g.dt.l + head * g.dt.h,
+          i_h < heads ? chunk.count - slot : 0);
+  if (const int i = threadIdx.x / 32; i < heads)
     head_gradients<kRun>(smem, g, chunk, i_c, first_head + i, threadIdx.x % 32);
   __syncthreads();
 
-  const int i_h = threadIdx.x % kHeads, slot = threadIdx.x / kHeads;
   float bias_sum = 0;
   if (i_h < heads) {
     const float bias = g.dt_bias.ptr ? load<float>(g.dt_bias, first_head + i_h) : 0.f;
-    for (int t = slot; t < chunk.count; t += kTokensAtOnce) {
-      const int64_t row = chunk.row, token = chunk.token + t, head = first_head + i_h;
-      const AnyFloat dt{g.dt.ptr, g.dt_dtype};
-      const float raw = load<float>(dt, row * g.dt.b + token * g.dt.l + head * g.dt.h);
-      const float slope = delta_of(raw, bias, g.dt_softplus, g.dt_min, g.dt_max).gradient;
+    MAMBA2_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      const int t = slot + k * kTokensAtOnce;
+      if (t >= chunk.count) break;
+      const int64_t token = chunk.token + t;
+      const float slope = delta_of(raw[k], bias, g.dt_softplus, g.dt_min, g.dt_max).gradient;
       const float d_dt = smem.d_delta[t][i_h] * slope;
       bias_sum += d_dt;
       store(g.d_dt.ptr, g.dt_dtype, row * g.d_dt.b + token * g.d_dt.l + head * g.d_dt.h, d_dt);
@@ -186,6 +229,7 @@ struct SumSmem {
 
 __global__ void MAMBA2_LAUNCH_BOUNDS(32 * kSumWarps, 2)
     sum_chunks(const MAMBA2_GRID_CONSTANT ChunkSums s) {
+  ptx::griddepcontrol_wait();
   SumSmem& smem = *static_cast<SumSmem*>(ptx::dynamic_smem());
   const int which = blockIdx.y, width = s.width[which];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -217,13 +261,15 @@ int launch_sums(const BackwardParams& p, const DeltaGradientParts& parts, const 
   add(g.dA, p.dA, g.h);
   add(g.d_dt_bias, p.d_dt_bias, g.h);
   add(parts.dD, p.dD, parts.dD_width);
-  const LaunchShape at{dim3(ceil_div(widest, 32), count), 32 * kSumWarps, sizeof(SumSmem)};
+  const LaunchShape at{dim3(ceil_div(widest, 32), count), 32 * kSumWarps, sizeof(SumSmem),
+                       parts.programmatic};
   return launch(sum_chunks, at, stream, s);
 }
 
 template <int kRun>
 int launch_gradients(const Gradients& g, void* stream) {
-  const LaunchShape at{dim3(g.chunks, ceil_div(g.h, kHeads)), kThreads, sizeof(Smem<32 * kRun>)};
+  const LaunchShape at{dim3(g.chunks, ceil_div(g.h, kHeads)), kThreads, sizeof(Smem<32 * kRun>),
+                       g.parts.programmatic};
   return launch(delta_gradients<kRun>, at, stream, g);
 }
 

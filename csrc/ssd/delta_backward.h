@@ -19,6 +19,7 @@ struct DeltaGradientParts {
   int from_state_parts = 1, through_parts = 1;
   const float* dD = nullptr;  // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
   int dD_width = 0;           // h, or h p
+  bool programmatic = false;  // launches begin while the kernel before them ends (sm_90)
 };
 
 // Workspace: two fp32 arrays (chunks, h).

@@ -62,6 +62,8 @@ MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
 template <class T>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
     group_sum_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const Chunk chunk = args.chunking.at(blockIdx.x);
   if (int(blockIdx.y) == args.g)
     sum_dD(args, chunk.i_seq >= 0);
@@ -73,7 +75,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
 
 int group_sum(const BackwardArgs& args, DType dtype, void* stream) {
   const Range range("group_sum");
-  const LaunchShape at{dim3(args.chunks, args.g + (args.dD != nullptr)), kThreads};
+  const LaunchShape at{dim3(args.chunks, args.g + (args.dD != nullptr)), kThreads, 0, true};
   return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args)
                               : launch(group_sum_kernel<f16>, at, stream, args);
 }

@@ -259,12 +259,14 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     state_sweeps_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
 #if MAMBA2_SM90A
   SweepSmem<T, kN>& s = *static_cast<SweepSmem<T, kN>*>(ptx::dynamic_smem());
-  const Sweep sweep(args);
   if (threadIdx.x == 0) {
     s.ring.init(1, kConsumerThreads / 32);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+  const Sweep sweep(args);
   if (sweep.i_seq == 0 && !sweep.reverse) spread_D(args, sweep);
   if (threadIdx.x < kConsumerThreads)
     Consumer<T, kN>(args, s, sweep).run();
@@ -281,7 +283,7 @@ int state_sweeps(const BackwardArgs& args, DType dtype, void* stream) {
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
     const unsigned pairs = args.g * ceil_div(args.heads_per_group(), kHeads);
-    const LaunchShape at{dim3(pairs * args.rows, 2), kThreads, sizeof(SweepSmem<T, n()>)};
+    const LaunchShape at{dim3(pairs * args.rows, 2), kThreads, sizeof(SweepSmem<T, n()>), true};
     return launch(state_sweeps_kernel<T, n()>, at, stream, args);
   });
 }

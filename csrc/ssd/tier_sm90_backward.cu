@@ -116,6 +116,7 @@ DeltaGradientParts parts_of(const BackwardArgs& args, int p) {
   parts.to_state = args.to_state;
   parts.through = args.through;
   parts.dD = args.dD;
+  parts.programmatic = true;
   parts.dD_width = args.D_per_channel ? args.h * p : args.h;
   return parts;
 }
