@@ -15,6 +15,7 @@ Refuses when the tests of these sources were not green on this machine's GPU, as
 """
 
 import argparse
+import gc
 import os
 import shlex
 import statistics
@@ -90,9 +91,9 @@ def attempt(what, call):
 
 def measure(what, maker):
     torch.manual_seed(0)
-    measured = list(MEASUREMENTS[what](maker))
+    gc.collect()
     torch.cuda.empty_cache()
-    return measured
+    return list(MEASUREMENTS[what](maker))
 
 
 def mixer(maker):
@@ -133,6 +134,7 @@ def host_ms(call, count=200):
 
 
 def step(maker, warm=3, count=10):
+    before = torch.cuda.memory_allocated()
     model = maker.model().train()
     recipe = Recipe(steps=1000, batch=BATCH, length=LENGTH)
     optimizer = make_optimizer(model, recipe)
@@ -158,7 +160,7 @@ def step(maker, warm=3, count=10):
     yield {
         **row("train_step", "130m_b8_l2k", median * 1e3),
         "tokens_per_s": round(BATCH * LENGTH / median),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes": torch.cuda.max_memory_allocated() - before,
     }
 
 

@@ -29,13 +29,12 @@ class _CrossEntropy(torch.autograd.Function):
         for part, *of_rows in zip(logits.split(rows), targets.split(rows), share.split(rows)):
             target, weight = (v[:, None] for v in of_rows)
             target = target.clamp(min=0)
-            values = part.to(work, copy=wanted)
-            log_sum = values.logsumexp(1, keepdim=True)
-            loss += ((log_sum - values.gather(1, target)) * weight).sum()
+            values = part.log_softmax(1, dtype=work)
+            loss -= (values.gather(1, target) * weight).sum()
             if wanted:
-                gradient = values.sub_(log_sum).exp_()
+                gradient = values.exp_()
                 gradient.scatter_(1, target, gradient.gather(1, target) - 1)
-                part.copy_(gradient.mul_(weight))
+                torch.mul(gradient, weight, out=part)
         ctx.gradient = logits.detach() if wanted else None
         return loss
 
