@@ -1,15 +1,15 @@
 // norm_linear on tensor cores (see norm_linear.h for the equation).
 //
-// A block makes 16 outputs of every row. Its weights are on their way before it waits for the
-// kernel in front; it norms the rows into shared memory, as all blocks do, a warp a row; then each
-// warp multiplies its share of the channels, 32 at a time, and the block adds the warps' sums.
-// The products are weight (16, k) times v^T (k, rows): a thread's fragments are 16 consecutive
-// bytes of a row on both sides, which orders k differently than the instruction's manual does, and
-// on both sides alike.
-// Grid: outputs / 16. Shared memory: rows x (d + 32) operands, over them 8 x 16 x rows sums.
-// Bound by memory: the weights once; with many rows by reading them in every block.
-// Not for fp32 and fp64 weights, more than 64 rows, several groups, or rows that are no whole
-// number of 16 bytes: norm_linear_any.
+// A block makes 16 outputs of 8 rows. Its weights are on their way before it waits for the kernel
+// in front; it norms its rows into shared memory, as all blocks do; then each warp multiplies its
+// share of the channels, 32 at a time, and the block adds the warps' sums.
+// The products are weight (16, k) times v^T (k, 8): a thread's fragments are 16 consecutive bytes
+// of a row on both sides, which orders k differently than the instruction's manual does, and on
+// both sides alike.
+// Grid: (outputs / 16, rows / 8). Shared memory: 8 x (d + 32) operands, or the 8 warps' 16 x 8
+// sums. Bound by the latency of one trip to memory; with many rows by norming them in every block.
+// Not for fp32 and fp64 weights, several groups, or rows that are no whole number of 16 bytes:
+// norm_linear_any.
 // Deterministic; a row's result does not depend on the others.
 #include "norm_linear.h"
 
@@ -24,12 +24,11 @@ namespace mamba2::norm_linear {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kOutputs = 16;  // of a block: the rows of an mma
-constexpr int kChunk = 32;    // channels that a warp multiplies at once
-constexpr int kVec = 8;       // channels of a thread at once: 16 bytes of operands
-// Chunks of a warp's weights in flight: all of 1536 channels where registers allow.
-constexpr int chunks_ahead(int tiles) { return tiles <= 2 ? 6 : 3; }
-constexpr int kMaxRows = 64;
+constexpr int kOutputs = 16;            // of a block: the rows of an mma
+constexpr int kRows = 8;                // and its columns
+constexpr int kChunk = 32;              // channels that a warp multiplies at once
+constexpr int kVec = 8;                 // channels of a thread at once: 16 bytes of operands
+constexpr int kSlab = kThreads * kVec;  // channels of a block at once
 constexpr int kPad = 32;  // of a row in shared memory: eight rows by 16 bytes meet every bank once
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -49,82 +48,118 @@ MAMBA2_DEVICE void load_floats(const AnyFloat& from, int at, float (&to)[kVec]) 
   }
 }
 
-// The rows of one warp, kRows of them at once.
-template <class T, class X, int kRows>
-struct RowNorm {
-  const Params& params;
-  int64_t first;  // and every kWarps-th after it
+// Rows that a block norms at once, and chunks of a warp's weights in flight: for one row all of
+// 1536 channels, for more what two blocks an SM leave registers for.
+constexpr int chunks_ahead(int rows_at_once) { return rows_at_once == 1 ? 6 : 3; }
 
-  MAMBA2_DEVICE int64_t row(int i) const { return first + int64_t(i) * kWarps; }
+// One thread's channels of kAtOnce rows, as they lie in memory.
+template <class X, int kAtOnce>
+struct Slab {
+  Vector<X> x[kAtOnce], z[kAtOnce];
 
-  // f(i, v, outside) for each row i: v is what is normed, outside the gate behind the norm.
-  template <class F>
-  MAMBA2_DEVICE void each_row(int k, F f) const {
-    Vector<X> x[kRows], z[kRows];
-    const bool has_z = params.z.ptr != nullptr;
+  MAMBA2_DEVICE void load(const Params& params, int64_t first_row, int rows, int k) {
     MAMBA2_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      if (row(i) >= params.b) continue;
-      x[i].load(static_cast<const X*>(params.x.ptr) + row(i) * params.x.stride + k);
-      if (has_z) z[i].load(static_cast<const X*>(params.z.ptr) + row(i) * params.z.stride + k);
-    }
-    MAMBA2_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      if (row(i) >= params.b) continue;
-      float v[kVec], gate[kVec];
-      x[i].unpack(v);
-      if (has_z) z[i].unpack(gate);
-      MAMBA2_UNROLL
-      for (int c = 0; c < kVec; ++c) {
-        Gate<float> g;
-        if (has_z) g = gate_of(fast::silu(gate[c]), params.norm_before_gate);
-        v[c] *= g.inside;
-        gate[c] = g.outside;
-      }
-      f(i, v, gate);
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (r >= rows) continue;
+      const int64_t row = first_row + r;
+      x[r].load(static_cast<const X*>(params.x.ptr) + row * params.x.stride + k);
+      if (!params.z.ptr) continue;
+      z[r].load(static_cast<const X*>(params.z.ptr) + row * params.z.stride + k);
     }
   }
-
-  // Rows of s_v, with zeros behind them: the last chunk may be longer than the row.
-  MAMBA2_DEVICE void run(T* s_v) const {
-    float sum[kRows] = {};
-    for (int k = lane() * kVec; k < params.d; k += 32 * kVec) {
-      each_row(k, [&](int i, const float (&v)[kVec], const float (&)[kVec]) {
-        MAMBA2_UNROLL
-        for (int c = 0; c < kVec; ++c) sum[i] += v[c] * v[c];
-      });
-    }
+  // What is normed of row r, and the gate behind the norm.
+  MAMBA2_DEVICE void gated(const Params& params, int r, float (&v)[kVec],
+                           float (&outside)[kVec]) const {
+    x[r].unpack(v);
     MAMBA2_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      MAMBA2_UNROLL
-      for (int step = 16; step > 0; step /= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], step);
-      sum[i] = 1.f / sqrtf(sum[i] / float(params.d) + float(params.eps));
-    }
-    for (int k = lane() * kVec; k < params.d; k += 32 * kVec) {
-      float weight[kVec];
-      load_floats(params.norm_weight, k, weight);
-      each_row(k, [&](int i, float (&v)[kVec], const float (&outside)[kVec]) {
-        MAMBA2_UNROLL
-        for (int c = 0; c < kVec; ++c) v[c] *= sum[i] * weight[c] * outside[c];
-        Vector<T> rounded;
-        rounded.pack(v);
-        put(s_v, i, k, rounded);
-      });
-    }
-    if (lane() >= kPad / kVec) return;
-    Vector<T> zeros;
-    zeros.zero();
+    for (float& factor : outside) factor = 1.f;
+    if (!params.z.ptr) return;
+    float gate[kVec];
+    z[r].unpack(gate);
     MAMBA2_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      if (row(i) < params.b) put(s_v, i, params.d + lane() * kVec, zeros);
+    for (int c = 0; c < kVec; ++c) {
+      const Gate<float> g = gate_of(fast::silu(gate[c]), params.norm_before_gate);
+      v[c] *= g.inside;
+      outside[c] = g.outside;
     }
-  }
-
-  MAMBA2_DEVICE void put(T* s_v, int i, int k, const Vector<T>& v) const {
-    const uint4 words{v.words[0], v.words[1], v.words[2], v.words[3]};
-    *reinterpret_cast<uint4*>(s_v + row(i) * (params.d + kPad) + k) = words;
   }
 };
+
+// Sums over the block of one value a row and thread, in a fixed order. s_sums (kAtOnce, kWarps).
+template <int kAtOnce>
+MAMBA2_DEVICE void sum_over_block(float (&v)[kAtOnce], int rows, float* s_sums) {
+  MAMBA2_UNROLL
+  for (int r = 0; r < kAtOnce; ++r) {
+    if (r >= rows) continue;
+    MAMBA2_UNROLL
+    for (int step = 16; step > 0; step /= 2) v[r] += __shfl_xor_sync(kAllLanes, v[r], step);
+    if (lane() == 0) s_sums[r * kWarps + warp()] = v[r];
+  }
+  __syncthreads();
+  MAMBA2_UNROLL
+  for (int r = 0; r < kAtOnce; ++r) {
+    if (r >= rows) continue;
+    v[r] = 0;
+    MAMBA2_UNROLL
+    for (int w = 0; w < kWarps; ++w) v[r] += s_sums[r * kWarps + w];
+  }
+}
+
+template <class T>
+MAMBA2_DEVICE void put(T* s_row, const Vector<T>& v) {
+  *reinterpret_cast<uint4*>(s_row) = uint4{v.words[0], v.words[1], v.words[2], v.words[3]};
+}
+
+// kAtOnce rows, of which `rows` exist, normed and rounded into s_v (kAtOnce, d + kPad), with zeros
+// behind d: the last chunk may be longer than the row. weight: norm_weight at the thread's first
+// channels.
+template <class T, class X, int kAtOnce>
+MAMBA2_DEVICE void norm_rows(const Params& params, int64_t first_row, int rows,
+                             const float (&first_weight)[kVec], T* s_v, float* s_sums) {
+  const int first_k = static_cast<int>(threadIdx.x) * kVec, row_stride = params.d + kPad;
+  const int last_k = first_k + (ceil_div(params.d, kSlab) - 1) * kSlab;
+  Slab<X, kAtOnce> slab;
+  float r_rms[kAtOnce] = {}, weight[kVec], v[kVec], outside[kVec];
+  MAMBA2_UNROLL
+  for (int c = 0; c < kVec; ++c) weight[c] = first_weight[c];
+  MAMBA2_NO_UNROLL
+  for (int k = last_k; k >= first_k; k -= kSlab) {  // backwards: the first stays in registers
+    if (k >= params.d) continue;
+    slab.load(params, first_row, rows, k);
+    MAMBA2_UNROLL
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (r >= rows) continue;
+      slab.gated(params, r, v, outside);
+      MAMBA2_UNROLL
+      for (int c = 0; c < kVec; ++c) r_rms[r] += v[c] * v[c];
+    }
+  }
+  sum_over_block(r_rms, rows, s_sums);
+  MAMBA2_NO_UNROLL
+  for (int k = first_k; k < params.d; k += kSlab) {
+    if (k != first_k) {
+      slab.load(params, first_row, rows, k);
+      load_floats(params.norm_weight, k, weight);
+    }
+    MAMBA2_UNROLL
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (r >= rows) continue;
+      slab.gated(params, r, v, outside);
+      const float scale = 1.f / sqrtf(r_rms[r] / float(params.d) + float(params.eps));
+      MAMBA2_UNROLL
+      for (int c = 0; c < kVec; ++c) v[c] *= scale * weight[c] * outside[c];
+      Vector<T> rounded;
+      rounded.pack(v);
+      put(s_v + r * row_stride + k, rounded);
+    }
+  }
+  constexpr int kVectorsOfPad = kPad / kVec;
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= kAtOnce * kVectorsOfPad) return;
+  Vector<T> zeros;
+  zeros.zero();
+  put(s_v + i / kVectorsOfPad * row_stride + params.d + i % kVectorsOfPad * kVec, zeros);
+}
 
 // 16 outputs by 32 channels of the weights, as a warp's two A fragments: rows r and r + 8 a lane.
 template <class T>
@@ -139,21 +174,15 @@ struct WeightChunk {
     if (output < params.o) low.load(g_weight);
     if (output + 8 < params.o) high.load(g_weight + int64_t(8) * params.d);
   }
-};
-
-// sums (16 outputs, 8 rows a tile) += weights v^T.
-template <class T, int kTiles>
-MAMBA2_DEVICE void multiply(float (&sums)[kTiles][4], const WeightChunk<T>& w, const T* s_row,
-                            int row_stride) {
-  const uint32_t a[2][4] = {{w.low.words[0], w.high.words[0], w.low.words[1], w.high.words[1]},
-                            {w.low.words[2], w.high.words[2], w.low.words[3], w.high.words[3]}};
-  MAMBA2_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const uint4 v = *reinterpret_cast<const uint4*>(s_row + int64_t(tile) * 8 * row_stride);
-    ptx::mma_m16n8k16<T>(sums[tile], a[0], v.x, v.y);
-    ptx::mma_m16n8k16<T>(sums[tile], a[1], v.z, v.w);
+  // sums (16 outputs, 8 rows) += weights v^T; s_v at the lane's row and channels.
+  MAMBA2_DEVICE void multiply(float (&sums)[4], const T* s_v) const {
+    const uint4 v = *reinterpret_cast<const uint4*>(s_v);
+    const uint32_t a[2][4] = {{low.words[0], high.words[0], low.words[1], high.words[1]},
+                              {low.words[2], high.words[2], low.words[3], high.words[3]}};
+    ptx::mma_m16n8k16<T>(sums, a[0], v.x, v.y);
+    ptx::mma_m16n8k16<T>(sums, a[1], v.z, v.w);
   }
-}
+};
 
 MAMBA2_DEVICE void store_output(const Params& params, int64_t row, int output, float sum) {
   if (params.bias) sum += load<float>(params.bias, output);
@@ -162,15 +191,20 @@ MAMBA2_DEVICE void store_output(const Params& params, int64_t row, int output, f
   store(params.out.ptr, params.out_dtype, at, sum);
 }
 
-template <class T, class X, int kTiles>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
+struct Sums {
+  float of_rows[kRows][kWarps];
+  float of_warps[kWarps][kRows][kOutputs];
+};
+
+template <class T, class X, int kAtOnce>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
     norm_linear(MAMBA2_GRID_CONSTANT const Params params) {
-  constexpr int kRowsAtOnce = kTiles < 4 ? kTiles : 4, kRows = 8 * kTiles;
-  constexpr int kAhead = chunks_ahead(kTiles);
-  T* s_v = static_cast<T*>(ptx::dynamic_smem());             // (kRows, d + kPad)
-  float* s_sums = static_cast<float*>(ptx::dynamic_smem());  // (kWarps, kRows, kOutputs), later
-  const int row_stride = params.d + kPad, quad = lane() / 4;
-  const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
+  constexpr int kAhead = chunks_ahead(kAtOnce);
+  Sums& sums = *static_cast<Sums*>(ptx::dynamic_smem());
+  T* s_v = reinterpret_cast<T*>(&sums + 1);  // (kRows, d + kPad)
+  const int quad = lane() / 4, first_output = static_cast<int>(blockIdx.x) * kOutputs;
+  const int64_t first_row = int64_t(blockIdx.y) * kRows, left = params.b - first_row;
+  const int rows = left < kRows ? static_cast<int>(left) : kRows;
   const auto channel = [&](int chunk) { return chunk * kChunk + lane() % 4 * kVec; };
 
   ptx::griddepcontrol_launch_dependents();
@@ -180,14 +214,19 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   for (int i = 0; i < kAhead; ++i) {
     weights[i].load(params, first_output + quad, channel(warp() + i * kWarps));
   }
+  float norm_weight[kVec];
+  const int first_k = static_cast<int>(threadIdx.x) * kVec;
+  if (first_k < params.d) load_floats(params.norm_weight, first_k, norm_weight);
   ptx::griddepcontrol_wait();
+  const int row_stride = params.d + kPad;
   MAMBA2_NO_UNROLL
-  for (int64_t first = warp(); first < kRows; first += kRowsAtOnce * kWarps) {
-    RowNorm<T, X, kRowsAtOnce>{params, first}.run(s_v);
+  for (int r = 0; r < rows; r += kAtOnce) {
+    norm_rows<T, X, kAtOnce>(params, first_row + r, rows - r, norm_weight, s_v + r * row_stride,
+                             sums.of_rows[r]);
   }
   __syncthreads();
 
-  float sums[kTiles][4] = {};
+  float r_sums[4] = {};
   const int chunks = ceil_div(params.d, kChunk);
   MAMBA2_NO_UNROLL
   for (int begin = warp(); begin < chunks; begin += kAhead * kWarps) {
@@ -197,61 +236,50 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
       if (chunk >= chunks) break;
       const WeightChunk<T> now = weights[i];
       weights[i].load(params, first_output + quad, channel(chunk + kAhead * kWarps));
-      multiply<T, kTiles>(sums, now, s_v + int64_t(quad) * row_stride + channel(chunk), row_stride);
+      now.multiply(r_sums, s_v + quad * row_stride + channel(chunk));
     }
   }
-  __syncthreads();  // s_v is read; the sums take its place
   MAMBA2_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) {
-    MAMBA2_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int row = 8 * tile + lane() % 4 * 2 + e % 2, output = quad + e / 2 * 8;
-      s_sums[(warp() * kRows + row) * kOutputs + output] = sums[tile][e];
-    }
+  for (int e = 0; e < 4; ++e) {
+    sums.of_warps[warp()][lane() % 4 * 2 + e % 2][quad + e / 2 * 8] = r_sums[e];
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kRows * kOutputs; i += kThreads) {
-    const int row = i / kOutputs, output = first_output + i % kOutputs;
-    if (row >= params.b || output >= params.o) continue;
-    float sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += s_sums[w * kRows * kOutputs + i];
-    store_output(params, row, output, sum);
-  }
+  const int row = static_cast<int>(threadIdx.x) / kOutputs;
+  const int of_block = static_cast<int>(threadIdx.x) % kOutputs;
+  if (row >= rows || first_output + of_block >= params.o) return;
+  float sum = 0;
+  MAMBA2_UNROLL
+  for (int w = 0; w < kWarps; ++w) sum += sums.of_warps[w][row][of_block];
+  store_output(params, first_row + row, first_output + of_block, sum);
 }
 
-std::size_t smem_bytes(const Params& params, int rows) {
-  const std::size_t operands = size_of(params.dtype) * rows * (params.d + kPad);
-  const std::size_t sums = sizeof(float) * kWarps * kOutputs * rows;
-  return operands > sums ? operands : sums;
+std::size_t smem_bytes(const Params& params) {
+  return sizeof(Sums) + size_of(params.dtype) * kRows * (params.d + kPad);
 }
-int rows_of_tiles(int64_t b) { return b <= 8 ? 8 : b <= 16 ? 16 : b <= 32 ? 32 : 64; }
 
 bool aligned(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % kVectorBytes == 0; }
-bool fits(const Params& params, int major) {
-  constexpr std::size_t kMost = 99 << 10, kMostOnHopper = 227 << 10;  // shared memory of a block
-  const std::size_t most = major == 9 ? kMostOnHopper : kMost;
+bool fits(const Params& params) {
+  constexpr std::size_t kMost = 99 << 10;  // shared memory of a block on any card
   const bool half = size_of(params.dtype) == 2;
   const bool x_fits = params.x_dtype == params.dtype || params.x_dtype == DType::f32;
   const bool strides =
       params.x.stride % kVec == 0 && (!params.z.ptr || params.z.stride % kVec == 0);
   return half && x_fits && strides && params.d % kVec == 0 && params.s == params.d &&
-         params.b <= kMaxRows && aligned(params.x.ptr) && aligned(params.z.ptr) &&
-         aligned(params.weight) && aligned(params.norm_weight.ptr) &&
-         smem_bytes(params, rows_of_tiles(params.b)) <= most;
+         aligned(params.x.ptr) && aligned(params.z.ptr) && aligned(params.weight) &&
+         aligned(params.norm_weight.ptr) && smem_bytes(params) <= kMost &&
+         ceil_div(params.b, kRows) <= 65535;
 }
 
 template <class T, class X>
 int run_as(const Params& params, void* stream) {
-  const int rows = rows_of_tiles(params.b);
   LaunchShape at;
-  at.grid = dim3(static_cast<unsigned>(ceil_div(params.o, kOutputs)));
+  at.grid = dim3(static_cast<unsigned>(ceil_div(params.o, kOutputs)),
+                 static_cast<unsigned>(ceil_div(params.b, kRows)));
   at.threads = kThreads;
-  at.smem_bytes = smem_bytes(params, rows);
+  at.smem_bytes = smem_bytes(params);
   at.programmatic = true;
-  if (rows == 8) return launch(norm_linear<T, X, 1>, at, stream, params);
-  if (rows == 16) return launch(norm_linear<T, X, 2>, at, stream, params);
-  if (rows == 32) return launch(norm_linear<T, X, 4>, at, stream, params);
-  return launch(norm_linear<T, X, 8>, at, stream, params);
+  return params.b == 1 ? launch(norm_linear<T, X, 1>, at, stream, params)
+                       : launch(norm_linear<T, X, 2>, at, stream, params);
 }
 template <class T>
 int run_as(const Params& params, void* stream) {
@@ -261,9 +289,9 @@ int run_as(const Params& params, void* stream) {
 
 }  // namespace
 
-int run(const Params& params, int major, void* stream) {
+int run(const Params& params, void* stream) {
   if (params.b == 0 || params.o == 0) return 0;
-  if (!fits(params, major)) return run_any(params, stream);
+  if (!fits(params)) return run_any(params, stream);
   return params.dtype == DType::bf16 ? run_as<bf16>(params, stream) : run_as<f16>(params, stream);
 }
 

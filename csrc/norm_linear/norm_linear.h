@@ -47,7 +47,7 @@ MAMBA2_HD Gate<U> gate_of(U silu, bool norm_before_gate) {
   return norm_before_gate ? Gate<U>{U(1), silu} : Gate<U>{silu, U(1)};
 }
 
-// ---- CUDA: returns a cudaError_t as int; `major` is the card's compute capability ----
-int run(const Params&, int major, void* stream);
+// ---- CUDA: returns a cudaError_t as int ----
+int run(const Params&, void* stream);
 
 }  // namespace mamba2::norm_linear

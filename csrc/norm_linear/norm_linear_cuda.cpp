@@ -18,7 +18,7 @@ Tensor norm_linear(Tensor x, Tensor norm_weight, OptionalTensor z, Tensor weight
   const Call call = prepare({x, norm_weight, z, weight, bias, residual, eps, group_size,
                              norm_before_gate, early_weights});
   const OnDevice at(x);
-  at.check_launch("norm_linear", run(call.params, at.card().major, at.stream()));
+  at.check_launch("norm_linear", run(call.params, at.stream()));
   return call.y;
 }
 

@@ -24,7 +24,7 @@ def norm_linear(
 
     The norm's options are those of gated_rmsnorm. Arithmetic is fp32 (fp64 for weights of fp64).
     No host synchronisation; bitwise repeatable; a row's result does not depend on the others. Fast
-    on CUDA for 16-bit weights, up to 64 rows and one group of channels; right for the rest.
+    on CUDA for 16-bit weights, up to 8 rows and one group of channels; right for the rest.
 
     Returns y (b, o) in weight's dtype, or the residual. Not differentiable.
 
