@@ -65,7 +65,8 @@ class Decoder:
             if i:
                 self.step()
             history[:, i] = self.token[:, 0]
-            if callback is not None or (i + 1) % LOOK_EVERY == 0 or i + 1 == max_new_tokens:
+            look = len(self.eos) and (i + 1) % LOOK_EVERY == 0
+            if callback is not None or look or i + 1 == max_new_tokens:
                 self.collect(texts, history[:, taken : i + 1].tolist(), callback)
                 taken = i + 1
                 if len(self.eos) and self.ended.all():

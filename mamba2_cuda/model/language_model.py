@@ -123,9 +123,15 @@ class Mamba2LMHeadModel(nn.Module):
 
     def begin(self, cache):
         """What a cache keeps of the weights is brought up to date with them."""
-        for layer, layer_cache in zip(self.backbone.layers, cache.layers):
-            if isinstance(layer_cache, MixerCache):
-                layer_cache.A.copy_(layer.mixer.A().detach())
+        pairs = zip(self.backbone.layers, cache.layers)
+        pairs = [(layer.mixer, kept) for layer, kept in pairs if isinstance(kept, MixerCache)]
+        if not pairs:
+            return
+        A = [kept.A for _, kept in pairs]  # all layers at once: they are many, and small
+        with torch.no_grad():
+            torch._foreach_copy_(A, [mixer.A_log for mixer, _ in pairs])
+            torch._foreach_exp_(A)
+            torch._foreach_neg_(A)
 
     def allocate_cache(self, batch, max_length=None, dtype=None, state_dtype=None):
         """An empty Cache. max_length is needed when there are attention layers."""
