@@ -1,5 +1,8 @@
 """Questions to the build: what it holds, and which kernels a problem gets."""
 
+import ctypes
+import json
+
 import torch
 
 from mamba2_cuda._load import load_ops, load_questions
@@ -40,14 +43,21 @@ def explain(
 
     Returns a dict: tier ("cpu", "any", "sm80", "sm90"), reason, q (tokens in a chunk), chunks,
     segment_chunks (0: sequences are not split), variant, floor_bytes (every input read once, every
-    output written once), flops (of the block form with chunks of 64).
-    Raises BuildError when mamba2_cuda._C is not built for this Python.
+    output written once), flops (of the block form with chunks of 64), workspace_bytes (device
+    memory that the call takes and gives back), kernels: in the order of their launches, for each
+        stage, grid, threads, shared_bytes of a block (dynamic), registers of a thread (None: the
+        card is not here to ask), tile {tokens, p, n} that a block works on at a time, stages of
+        its ring of copies (0: none; 0 in tile: it takes all or does not have it)
+    with D of a head, dt_bias and softplus, and without initial states. They come from running the
+    tier's own host code with nothing launched. None on a build without CUDA; [] for the CPU.
+    Raises BuildError when mamba2_cuda._C is not built for this Python or _ops does not load.
     """
     major, minor, sm_count = capability(device)
+    nseq, packed = (b, False) if sequences is None else (sequences, True)
     answer = load_questions().plan(
         b, l, h, p, g, n,
-        nseq=b if sequences is None else sequences,
-        packed=sequences is not None,
+        nseq=nseq,
+        packed=packed,
         dtype=str(dtype).removeprefix("torch."),
         backward=backward,
         has_z=has_z,
@@ -60,7 +70,35 @@ def explain(
     op = "bwd" if backward else "fwd"
     answer["floor_bytes"] = floor_bytes(op, b, l, h, p, g, n, has_z, dtype.itemsize)
     answer["flops"] = flops(op, b, l, h, p, g, n)
-    return answer
+    if major == 0:
+        return answer | {"workspace_bytes": 0, "kernels": []}
+    problem = (b, l, h, p, g, n, nseq, packed, DTYPES.index(dtype), backward, has_z, save_states)
+    return answer | launches(
+        load_ops(), *problem, major, minor, sm_count, plan, is_here(major, minor)
+    )
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as csrc/core/dtype.h
+
+
+def launches(library, *question):
+    """workspace_bytes and kernels of a problem, from a library of operators."""
+    try:
+        ask = ctypes.CDLL(str(library)).mamba2_explain
+    except AttributeError:  # built without CUDA
+        return {"workspace_bytes": None, "kernels": None}
+    ask.restype = ctypes.c_char_p
+    found = json.loads(ask((ctypes.c_int64 * len(question))(*map(int, question))))
+    if found["error"]:
+        raise RuntimeError(f"explain: the plan's host code fails with CUDA error {found['error']}")
+    for kernel in found["kernels"]:
+        kernel["registers"] = kernel["registers"] if kernel["registers"] >= 0 else None
+    return {k: found[k] for k in ("workspace_bytes", "kernels")}
+
+
+def is_here(major, minor):
+    """Whether the current GPU is such a card."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (major, minor)
 
 
 def capability(device):

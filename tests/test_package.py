@@ -94,6 +94,19 @@ def test_explain():
     assert (packed["tier"], packed["chunks"]) == ("cpu", 130 // 64 + 4)
 
 
+def test_explain_tells_kernels():
+    """The emulation's library is asked for more: tests/emulation/test_explain.py."""
+    problem = dict(b=2, l=300, h=4, p=64, n=128, dtype=torch.bfloat16)
+    assert mamba2_cuda.explain(**problem, device="cpu")["kernels"] == []
+    on_a_card = mamba2_cuda.explain(**problem, device=(8, 0, 108))
+    if not mamba2_cuda.build_info()["with_cuda"]:
+        assert on_a_card["kernels"] is None
+        return
+    stages = [kernel["stage"] for kernel in on_a_card["kernels"]]
+    assert stages == ["chunk_cumsum", "chunk_state", "chunk_scan"]
+    assert on_a_card["workspace_bytes"] > 0
+
+
 def test_explain_refuses_other_types():
     with pytest.raises(ValueError, match="dtype must be float64.*got int32"):
         mamba2_cuda.explain(b=1, l=1, h=1, p=1, n=1, dtype=torch.int32, device="cpu")

@@ -151,6 +151,7 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
   at.grid = dim3(static_cast<unsigned>(chunks * ceil_div(params.h, kHeads)));
   at.threads = kThreads;
   at.smem_bytes = sizeof(CumsumShared<q>);
+  at.tile.tokens = q;
   return launch(chunk_cumsum_kernel<q>, at, stream, params);
 }
 

@@ -71,6 +71,7 @@ int run(const ChunkScanParams& params, void* stream) {
     at.grid = dim3(params.work.chunks * params.work.in.shape.h);
     at.threads = kThreads;
     at.smem_bytes = sizeof(Shared<accumulator_t<T>>);
+    at.tile.tokens = kTile;
     return launch(chunk_scan_any<T, kGateGradient>, at, stream, params);
   });
 }

@@ -5,7 +5,7 @@
 //     columns sum_{i>=j} V_ij
 //   F_j / delta_j = 2^(s_q-s_j) x_j.(G B_j)
 //   dCB_ij = sum over heads of L_ij delta_j (dy_i.x_j), rounded once
-// L_ij = 2^(s_i - s_j), with s in two words where it is large: between tokens that forget all.
+// L_ij = 2^(s_i - s_j) with s in two words: between tokens that forget all, s is large and V small.
 //
 // grid: (chunk, group, split of the group's heads); a block runs over the heads of its split with
 // dCB in registers. Blocks of 16 x 16 tokens, on and below the diagonal only: a warp owns 16 tokens
@@ -67,8 +67,11 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
 
 template <class Kind>
 int run(const ScanParams& params, void* stream) {
-  const LaunchShape at{dim3(params.chunks * params.g * params.splits), kThreads,
-                       std::size_t(Shared<Kind>::bytes(params))};
+  LaunchShape at;
+  at.grid = dim3(params.chunks * params.g * params.splits);
+  at.threads = kThreads;
+  at.smem_bytes = std::size_t(Shared<Kind>::bytes(params));
+  at.tile = {q, Kind::kP, Kind::kResident ? params.n : 64, params.stages};
   return launch(chunk_scan_backward_kernel<Kind>, at, stream, params);
 }
 

@@ -129,7 +129,7 @@ int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
     using Smem = ChunkScanBackwardSmem<T, n()>;
     static_assert(sizeof(Smem) <= 227 * 1024, "shared memory of one block");
     const LaunchShape at{dim3(2 * args.chunks, args.g * args.slices), kScanThreads, sizeof(Smem),
-                         true};
+                         true, BlockTile{kBlock, kHeadDim, n(), kTokenStages}};
     return launch(chunk_scan_backward_kernel<T, n()>, at, stream, args);
   });
 }

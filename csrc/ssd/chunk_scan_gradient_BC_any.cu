@@ -104,6 +104,7 @@ int chunk_scan_gradient_BC(const ChunkScanGradientParams& params, void* stream) 
     at.grid = dim3(params.work.chunks * shape.g * params.slices, ceil_div(shape.n, kTile));
     at.threads = kThreads;
     at.smem_bytes = sizeof(Shared<accumulator_t<T>>);
+    at.tile.tokens = kTile;
     return launch(chunk_scan_gradient_BC_any<T>, at, stream, params);
   });
 }

@@ -173,6 +173,7 @@ int chunk_scan_gradient_x(const ChunkScanGradientParams& params, void* stream) {
     at.grid = dim3(params.work.chunks * params.work.in.shape.h);
     at.threads = kThreads;
     at.smem_bytes = sizeof(Shared<accumulator_t<T>>);
+    at.tile.tokens = kTile;
     return launch(chunk_scan_gradient_x_any<T>, at, stream, params);
   });
 }

@@ -322,6 +322,7 @@ int run(ChunkScanParams params, int64_t chunks, const Device& device, void* stre
   at.threads = kThreads;
   at.smem_bytes = sizeof(typename Tile::Shared);
   at.programmatic = device.major >= 9;
+  at.tile = {q, tile_p, kSlice, kStages};
   return launch(chunk_scan_kernel<Tile>, at, stream, params);
 }
 

@@ -66,6 +66,7 @@ int run(const ChunkStateParams& params, void* stream) {
         dim3(params.work.chunks * shape.h, ceil_div(shape.p, kTile) * ceil_div(shape.n, kTile));
     at.threads = kThreads;
     at.smem_bytes = sizeof(Shared<accumulator_t<T>>);
+    at.tile.tokens = kTile;
     return launch(chunk_state_any<T, kGradient>, at, stream, params);
   });
 }

@@ -294,6 +294,7 @@ int run(const ChunkStateParams& params, int64_t nseq, const Device& device, void
   at.threads = Tile::kThreads;
   at.smem_bytes = sizeof(typename Tile::Shared);
   at.programmatic = device.major >= 9;
+  at.tile = {kStepTokens, tile_p, tile_n, kStages};
   return launch(chunk_state_kernel<Tile>, at, stream, params);
 }
 

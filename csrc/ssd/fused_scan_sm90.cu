@@ -45,6 +45,7 @@ int run(const FusedScanArgs& args, int sm_count, void* stream) {
   at.threads = kThreads;
   at.programmatic = true;  // blocks set up while chunk_cumsum ends
   at.smem_bytes = sizeof(FusedScanSmem<T, kN, kGate, fused_scan_stages<T, kN, kGate>()>);
+  at.tile = {kQ, kP, kN, fused_scan_stages<T, kN, kGate>()};
   return launch(fused_scan_kernel<T, kN, kGate, kStateOnly>, at, stream, args);
 }
 

@@ -347,8 +347,11 @@ template <class T, int kP, int kN>
 int run(const GroupParams& params, void* stream) {
   const int64_t blocks = int64_t(params.chunks) * params.g * params.splits *
                          ceil_div(params.n, kN) * 2 * (params.chunking.q / kRows);
-  const LaunchShape at{dim3(static_cast<unsigned>(blocks)), kThreads,
-                       sizeof(GroupShared<T, kP, kN>)};
+  LaunchShape at;
+  at.grid = dim3(static_cast<unsigned>(blocks));
+  at.threads = kThreads;
+  at.smem_bytes = sizeof(GroupShared<T, kP, kN>);
+  at.tile = {kRows, kP, kN, 2};
   return launch(group_scan_backward_kernel<T, kP, kN>, at, stream, params);
 }
 template <class T>

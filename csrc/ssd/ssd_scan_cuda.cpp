@@ -13,25 +13,6 @@
 namespace mamba2::ssd {
 namespace {
 
-// The entry points of one tier.
-struct TierKernels {
-  decltype(&any::forward_workspace_bytes) forward_workspace_bytes;
-  decltype(&any::backward_workspace_bytes) backward_workspace_bytes;
-  decltype(&any::chunk_states_numel) chunk_states_numel;
-  decltype(&any::forward) forward;
-  decltype(&any::backward) backward;
-};
-
-const TierKernels& kernels_of(Tier tier) {
-  static constexpr TierKernels kAny{any::forward_workspace_bytes, any::backward_workspace_bytes,
-                                    any::chunk_states_numel, any::forward, any::backward};
-  static constexpr TierKernels kSm80{sm80::forward_workspace_bytes, sm80::backward_workspace_bytes,
-                                     sm80::chunk_states_numel, sm80::forward, sm80::backward};
-  static constexpr TierKernels kSm90{sm90::forward_workspace_bytes, sm90::backward_workspace_bytes,
-                                     sm90::chunk_states_numel, sm90::forward, sm90::backward};
-  return tier == Tier::sm90 ? kSm90 : tier == Tier::sm80 ? kSm80 : kAny;
-}
-
 // The scratch memory of a call.
 struct Scratch {
   Tensor memory;

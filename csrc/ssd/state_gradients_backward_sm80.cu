@@ -308,8 +308,11 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
 template <class T, int kN, bool first_pass>
 int run(const GradientParams& params, int64_t sweeps, void* stream) {
   const int64_t slices = ceil_div(params.p, kP) * ceil_div(params.n, kN);
-  const LaunchShape at{dim3(static_cast<unsigned>(sweeps * slices * params.h)), 2 * kN,
-                       sizeof(GradientShared<T, kN>)};
+  LaunchShape at;
+  at.grid = dim3(static_cast<unsigned>(sweeps * slices * params.h));
+  at.threads = 2 * kN;
+  at.smem_bytes = sizeof(GradientShared<T, kN>);
+  at.tile = {q, kP, kN, 2};
   return launch(state_gradients_kernel<T, kN, first_pass>, at, stream, params);
 }
 template <class T, bool first_pass>

@@ -283,7 +283,8 @@ int state_sweeps(const BackwardArgs& args, DType dtype, void* stream) {
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
     const unsigned pairs = args.g * ceil_div(args.heads_per_group(), kHeads);
-    const LaunchShape at{dim3(pairs * args.rows, 2), kThreads, sizeof(SweepSmem<T, n()>), true};
+    const LaunchShape at{dim3(pairs * args.rows, 2), kThreads, sizeof(SweepSmem<T, n()>), true,
+                         BlockTile{kBlock, kHeadDim, n(), kStages}};
     return launch(state_sweeps_kernel<T, n()>, at, stream, args);
   });
 }

@@ -1,0 +1,90 @@
+"""The kernels that explain() tells of, asked of the emulation's library, which has every tier."""
+
+import itertools
+
+import pytest
+import torch
+from cases import Case
+from common import check, run_ops
+
+from mamba2_cuda import _explain
+
+ANY, SM80, SM90 = 1, 2, 3  # csrc/ssd/plan.h
+# Shared memory that a block of a card may have.
+CARDS = {(8, 0, 108): 163, (8, 6, 84): 99, (8, 9, 142): 99, (9, 0, 132): 227, (12, 0, 170): 99}
+
+
+@pytest.fixture
+def ask(emulation_build, emulated):
+    library = emulation_build.OUT / "emulated.so"
+
+    def launches(b, l, h, p, g, n, *, dtype=torch.bfloat16, sequences=None, backward=False,
+                 has_z=False, save_states=False, card=(9, 0, 132), plan=0):  # fmt: skip
+        nseq, packed = (b, False) if sequences is None else (sequences, True)
+        dtype = _explain.DTYPES.index(dtype)
+        return _explain.launches(
+            library, b, l, h, p, g, n, nseq, packed, dtype, backward, has_z, save_states, *card,
+            plan, False,
+        )  # fmt: skip
+
+    return launches
+
+
+def stages(answer):
+    return [kernel["stage"] for kernel in answer["kernels"]]
+
+
+def test_stages_are_those_of_the_equation(ask):
+    forward = ask(2, 300, 4, 64, 1, 128, plan=SM80)
+    assert stages(forward) == ["chunk_cumsum", "chunk_state", "chunk_scan"]
+    sweep = forward["kernels"][1]
+    assert sweep["tile"] == {"tokens": 64, "p": 64, "n": 64} and sweep["stages"] == 3
+    assert sweep["grid"] == [2 * 4 * 2, 1, 1] and sweep["registers"] is None
+    fused = ask(2, 300, 4, 64, 1, 128)
+    assert "fused_scan" in stages(fused) and fused["kernels"][-1]["tile"]["n"] == 128
+    any_type = ask(2, 300, 4, 5, 1, 7, dtype=torch.float64)
+    assert stages(any_type) == ["chunk_state", "state_passing", "chunk_scan"]
+
+
+def test_a_long_sequence_is_swept_in_segments(ask):
+    short, long = (ask(1, l, 80, 64, 1, 128, plan=SM80) for l in (1000, 65536))
+    assert "segment_passing" not in stages(short)
+    assert stages(long)[1:4] == ["chunk_state", "segment_passing", "chunk_state"]
+
+
+def test_packed_sequences_and_a_gate_add_their_launches(ask):
+    packed = ask(1, 300, 4, 64, 1, 128, sequences=3, backward=True, has_z=True, plan=SM80)
+    assert stages(packed)[0] == "chunk_table" and stages(packed)[-1] == "zero_outside"
+    assert "chunk_scan gate_backward" in stages(packed)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_shared_memory_fits_the_card(ask, card):
+    """What a plan wants of a block, over all sizes that have kernels of their own."""
+    sizes = (16, 32, 64, 80, 128, 256)
+    for p, n, backward, has_z in itertools.product(sizes, sizes, (False, True), (False, True)):
+        answer = ask(2, 700, 4, p, 2, n, backward=backward, has_z=has_z, card=card)
+        assert answer["kernels"] and answer["workspace_bytes"] > 0
+        most = max(kernel["shared_bytes"] for kernel in answer["kernels"])
+        assert most <= CARDS[card] * 1024, (p, n, backward, has_z, stages(answer))
+
+
+def test_kept_states_spare_the_forward_sweep(ask):
+    kept, again = (
+        ask(2, 300, 4, 64, 1, 128, backward=True, save_states=keep, plan=SM80)
+        for keep in (True, False)
+    )
+    assert set(stages(again)) - set(stages(kept)) == {"chunk_state"}
+    states = 2 * 3 * 4 * 64 * 128 * 2  # b, chunks, h, p, n, bytes
+    assert again["workspace_bytes"] - kept["workspace_bytes"] == states
+
+
+def test_nothing_to_do(ask):
+    assert ask(2, 0, 4, 64, 1, 128) == {"workspace_bytes": 0, "kernels": []}
+
+
+@pytest.mark.parametrize("plan", [ANY, SM80, SM90])
+def test_afterwards_kernels_run_again(ask, emulated, plan):
+    ask(1, 70, 2, 64, 1, 64, plan=plan)
+    case = Case(b=1, l=70, h=2, g=1, p=64, n=64, dtype=torch.bfloat16)
+    check(run_ops(emulated.ops, plan), case, repeat=False)
