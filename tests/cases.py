@@ -106,18 +106,18 @@ def make_gradients(case, device="cpu"):
 STEEP = Case(h=6, n=32, p=32, dt_dtype=torch.float32, initial_states="working")
 
 
-def extreme_steps(A, delta, mixed, dtype, device="cpu"):
+def extreme_steps(A, delta, mixed, dtype, device="cpu", **sizes):
     """Inputs, dy and d_final_states: every token with this delta, or every second one."""
-    case = replace(STEEP, l=150, dtype=dtype, dt_softplus=False)
+    case = replace(STEEP, l=150, dtype=dtype, dt_softplus=False, **sizes)
     inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
     inputs["dt"][:, :: 2 if mixed else 1] = delta
     inputs["A"][:] = A
     return inputs, dy, d_final
 
 
-def steep_and_flat_heads(dtype, device="cpu"):
+def steep_and_flat_heads(dtype, device="cpu", **sizes):
     """Inputs, dy and d_final_states: one head forgets at once and one never."""
-    case = replace(STEEP, l=300, dtype=dtype, dt_bias=True)
+    case = replace(STEEP, l=300, dtype=dtype, dt_bias=True, **sizes)
     inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
     inputs["A"][:] = torch.tensor([0.0, -1e-6, -1.0, -100.0, -1e4, -1e-3], dtype=inputs["A"].dtype)
     inputs["dt"][:, ::7] = 100.0

@@ -68,8 +68,9 @@ struct FinishingSide {
     args.to_state[own] = results.F[i];
     args.rows_out[own] = earlier ? row : row + results.E[i];
     if (earlier) args.later_rows[own] = results.E[i];
-    // (state_sweeps has written that of a last chunk)
-    if (earlier && i == 0 && !(task.chunk.is_last && args.d_final_states))
+    const bool by_sweeps =
+        args.K_by_forward_sweep(task.chunk) || args.K_by_reverse_sweep(task.chunk);
+    if (earlier && i == 0 && !by_sweeps)
       args.through[index] = (results.K[0] + results.K[1] + results.K[2]) * results.through;
   }
   MAMBA2_DEVICE void store_other_sums(const HeadResults& results, int64_t index, int head, int i) {

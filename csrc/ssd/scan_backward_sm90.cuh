@@ -54,6 +54,14 @@ struct BackwardArgs {
 
   MAMBA2_HD int heads_per_group() const { return h / g; }
   MAMBA2_HD int64_t head_at(int64_t chunk, int head) const { return chunk * h + head; }
+  // Whether state_sweeps writes K of a chunk, and which direction: it has states unrounded.
+  MAMBA2_HD bool K_by_forward_sweep(const Chunk& chunk) const {
+    return chunk.is_last && d_final_states;
+  }
+  MAMBA2_HD bool K_by_reverse_sweep(const Chunk& chunk) const {
+    const bool rounded_later = initial_states.ptr && initial_states.dtype == DType::f32;
+    return chunk.i_c == 0 && rounded_later && !K_by_forward_sweep(chunk);
+  }
 };
 
 // Each queues one kernel and returns a cudaError_t as int.

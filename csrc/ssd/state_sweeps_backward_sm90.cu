@@ -4,14 +4,15 @@
 //   G <- 2^a_q G + sum_i 2^a_i dy_i C_i^T                    backward in time, from d_final_states
 //
 // Both are one loop: a state (64 p, n) in the fp32 accumulators of a warpgroup; chunk by chunk it
-// is written out as it is, rounded, then scaled and added to. The A operand is the transpose of the
-// tokens' tile, weighted in registers; the B operand the tile of B or C, shared by two heads.
+// is written out as it is, rounded, then scaled and added to, half a chunk at a time: weights just
+// below 1 all round one way, and the more so the more tokens they span. The A operand is the
+// transpose of the tokens' tile, weighted in registers; the B operand the tile of B or C, shared by
+// two heads.
 //
 // grid: (sequences x pairs of heads, 2 directions); a producer warp and two consumer warpgroups,
-// one
-//   head each.
-// Shared memory: 4 stages x (64 tokens of B or C, x or dy of 2 heads) + 2 images: 163 KB at n =
-// 128. Bound by HBM: per head and chunk 16 KB read and 16 KB written in each direction.
+// one head each. Shared memory: 4 stages x (64 tokens of B or C, x or dy of 2 heads) + 2 images:
+// 163 KB at n = 128. Bound by HBM: per head and chunk 16 KB read and 16 KB written in each
+// direction.
 #include "../core/launch.h"
 #include "scan_backward_sm90.cuh"
 
@@ -32,6 +33,7 @@ struct alignas(1024) SweepSmem {
   SweepStage<T, kN> stage[kStages];
   T image[kHeads][kHeadDim * kN];
   float weight[2][kHeads][kBackwardQ];  // by parity of the chunk
+  float decay[2][kHeads][2];            // of its blocks
   float through[kHeads][4];             // by warp
   tile::Ring<kStages> ring;
 };
@@ -55,6 +57,10 @@ struct Sweep {
   MAMBA2_DEVICE int chunk(int k) const { return first_chunk + (reverse ? chunks - 1 - k : k); }
 };
 MAMBA2_DEVICE int blocks_of(const Chunk& chunk) { return chunk.count > kBlock ? 2 : 1; }
+// The block that is the step-th on the way through a chunk.
+MAMBA2_DEVICE int block_of(const Chunk& chunk, const Sweep& sweep, int step) {
+  return sweep.reverse ? blocks_of(chunk) - 1 - step : step;
+}
 
 template <class T, int kN>
 MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN>& s, const Sweep& sweep) {
@@ -64,10 +70,10 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN>& s, const 
   tile::RingPosition<kStages> at;
   for (int k = 0; k < sweep.chunks; ++k) {
     const Chunk chunk = args.chunking.at(sweep.chunk(k));
-    for (int block = 0; block < blocks_of(chunk); ++block) {
+    for (int step = 0; step < blocks_of(chunk); ++step) {
       SweepStage<T, kN>& stage = s.stage[at.stage];
       ptx::Mbarrier* full = &s.ring.full[at.stage];
-      const int token = chunk.token + block * kBlock;
+      const int token = chunk.token + block_of(chunk, sweep, step) * kBlock;
       ptx::mbarrier_wait(&s.ring.empty[at.stage], at.phase ^ 1);
       ptx::mbarrier_arrive_expect_tx(full, bytes);
       for (int panel = 0; panel < kN / 64; ++panel)
@@ -80,19 +86,25 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN>& s, const 
   }
 }
 
-// What a token of the chunk adds to the state, and what the chunk lets through.
+// A token of the chunk, the ends of its block and of the one before, and the end of the chunk.
 struct Scalars {
-  float a_log2 = 0, delta = 0, a_last_log2 = 0;
+  float a_log2 = 0, delta = 0, a_end_log2 = 0, a_before_log2 = 0, a_last_log2 = 0;
   MAMBA2_DEVICE Scalars() {}
   MAMBA2_DEVICE Scalars(const BackwardArgs& args, int chunk, int head, int token) {
     const int64_t at = args.head_at(chunk, head) * kBackwardQ;
     a_log2 = args.a_cumsum_log2[at + token];
     delta = args.delta[at + token];
+    const int block = token / kBlock * kBlock;
+    a_end_log2 = args.a_cumsum_log2[at + block + kBlock - 1];
+    a_before_log2 = block > 0 ? args.a_cumsum_log2[at + block - 1] : 0.f;
     a_last_log2 = args.a_cumsum_log2[at + kBackwardQ - 1];
   }
+  // What the token adds to the state at the block's end, or its beginning; what the block lets
+  // through.
   MAMBA2_DEVICE float weight(bool reverse) const {
-    return reverse ? ptx::ex2(a_log2) : ptx::ex2(a_last_log2 - a_log2) * delta;
+    return reverse ? ptx::ex2(a_log2 - a_before_log2) : ptx::ex2(a_end_log2 - a_log2) * delta;
   }
+  MAMBA2_DEVICE float decay() const { return ptx::ex2(a_end_log2 - a_before_log2); }
 };
 
 template <class T, int kN>
@@ -152,6 +164,7 @@ struct Consumer {
   MAMBA2_DEVICE void write_state(int chunk, const Scalars& scalars, int parity) {
     if (thread == 0) ptx::bulk_wait_group_read<0>();
     s.weight[parity][i][thread] = scalars.weight(sweep.reverse);
+    if (thread % kBlock == 0) s.decay[parity][i][thread / kBlock] = scalars.decay();
     barrier();
     MAMBA2_UNROLL
     for (int step = 0; step < kN / 16; ++step) {
@@ -170,12 +183,13 @@ struct Consumer {
     }
   }
 
-  // K = 2^a_q <G, S> of the sequence's last chunk, where G is d_final_states, from unrounded
-  // states: in a short sequence nothing else carries the gradient of the decay.
-  MAMBA2_DEVICE void write_last_through(int chunk, float a_last_log2) {
+  // K = 2^a_q <G, S> from unrounded states: of the sequence's last chunk, where G is
+  // d_final_states, for in a short sequence nothing else carries the gradient of the decay; of its
+  // first, where S is initial_states, for a state may stay what it was.
+  MAMBA2_DEVICE void write_through(int chunk, float a_last_log2, const float* other) {
     float sum = 0;
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; ++e) sum += state[e] * args.d_final_states[element(e)];
+    for (int e = 0; e < kN / 2; ++e) sum += state[e] * other[element(e)];
     MAMBA2_UNROLL
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (me.lane == 0) s.through[i][me.warp] = sum;
@@ -186,8 +200,10 @@ struct Consumer {
           (parts[0] + parts[1] + parts[2] + parts[3]) * ptx::ex2(a_last_log2);
   }
 
-  // state += tokens^T diag(weight) operand, over one block of 64 tokens.
-  MAMBA2_DEVICE void add_block(const SweepStage<T, kN>& stage, const float* weight) {
+  // state = decay state + tokens^T diag(weight) operand, over one block of 64 tokens.
+  MAMBA2_DEVICE void add_block(const SweepStage<T, kN>& stage, const float* weight, float decay) {
+    MAMBA2_UNROLL
+    for (int e = 0; e < kN / 2; ++e) state[e] *= decay;
     uint32_t a[16];
     tile::load_transposed<4>(a, stage.tokens[i], me);
     MAMBA2_UNROLL
@@ -224,18 +240,19 @@ struct Consumer {
       if (active && k + 1 < sweep.chunks) next = Scalars(args, sweep.chunk(k + 1), head, thread);
       if (active) {
         write_state(sweep.chunk(k), now, k & 1);
-        if (chunk.is_last && !sweep.reverse && args.d_final_states)
-          write_last_through(sweep.chunk(k), now.a_last_log2);
-        const float through = ptx::ex2(now.a_last_log2);
-        MAMBA2_UNROLL
-        for (int e = 0; e < kN / 2; ++e) state[e] *= through;
+        if (!sweep.reverse && args.K_by_forward_sweep(chunk))
+          write_through(sweep.chunk(k), now.a_last_log2, args.d_final_states);
+        if (sweep.reverse && args.K_by_reverse_sweep(chunk))
+          write_through(sweep.chunk(k), now.a_last_log2,
+                        static_cast<const float*>(args.initial_states.ptr));
       }
-      for (int block = 0; block < blocks_of(chunk); ++block) {
+      for (int step = 0; step < blocks_of(chunk); ++step) {
+        const int block = block_of(chunk, sweep, step);
         SweepStage<T, kN>& stage = s.stage[at.stage];
         const int count = chunk.count - block * kBlock;
         ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
         if (args.chunking.table && count < kBlock) clear_tail(stage, count);
-        if (active) add_block(stage, s.weight[k & 1][i] + block * kBlock);
+        if (active) add_block(stage, s.weight[k & 1][i] + block * kBlock, s.decay[k & 1][i][block]);
         arrive_warp(&s.ring.empty[at.stage], me.lane);
         at.advance();
       }

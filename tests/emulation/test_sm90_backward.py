@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from cases import Case, make_gradients, make_inputs
-from common import check, run_ops
+from cases import Case, extreme_steps, make_gradients, make_inputs, steep_and_flat_heads
+from common import check, check_inputs, run_ops
 
 SM90, INVARIANT = 3, 3 | 1 << 8
 
@@ -60,3 +60,16 @@ def test_sequences_do_not_depend_on_their_neighbours(emulated):
         )
         for name in ("dx", "d_dt", "dB", "dC", "d_initial_states"):
             assert torch.equal(mine[name], together[name][row : row + 1]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("A, delta, mixed", [(-1.0, 100.0, False), (0.0, 1e-4, False)])
+def test_extreme_steps(emulated, A, delta, mixed, dtype):
+    """Decays that are subnormal in fp32; a state that stays what it was."""
+    inputs = extreme_steps(A, delta, mixed, dtype, h=4, p=64, n=64)
+    check_inputs(run_ops(emulated.ops, plan=SM90), *inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steep_and_flat_heads_together(emulated, dtype):
+    check_inputs(run_ops(emulated.ops, plan=SM90), *steep_and_flat_heads(dtype, p=64, n=64))
