@@ -28,17 +28,19 @@ inline void sync_block() {
   }
 }
 
+// Every lane names the lane that it reads, counted from the first of its group of `width`.
 template <class T, class Source>
 T shuffle(const char* what, unsigned mask, T v, int width, Source source) {
   struct Lane {
     T in, out;
-  } mine{v, v};
+    Source source;
+  } mine{v, v, source};
   meet(what, mask, &mine, [&](void** args) {
     for (int i = 0; i < 32; ++i) {
       if (!args[i]) continue;
       const int first = i / width * width;
-      const int from = source(i, first);
       Lane& to = *static_cast<Lane*>(args[i]);
+      const int from = to.source(i, first);
       if (from < first || from >= first + width) continue;  // keeps its own value
       if (args[from]) {
         to.out = static_cast<Lane*>(args[from])->in;

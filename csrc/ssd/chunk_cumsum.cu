@@ -1,8 +1,7 @@
 // chunk_cumsum: the step size and the cumulative log-decay inside each chunk,
 //   delta_t = clamp(softplus(dt_t + dt_bias)),  a_cumsum_log2_t = log2(e) sum_{u <= t} delta_u A
-// over the tokens u of the chunk. A token at which seq_idx changes gets log2 decay -160, which is 0
-// in fp32: the state resets there, and no later stage knows of seq_idx. Tokens past the chunk's end
-// get delta = 0 and decay 1, so that the last entry of a chunk is always its whole decay.
+// over the tokens u of the chunk (seq_idx: see steps.cuh). Tokens past the chunk's end get delta = 0
+// and decay 1, so that the last entry of a chunk is always its whole decay.
 //
 // grid: (chunk, 16 heads), heads fastest. dt is read along the heads (its contiguous direction) and
 // written along the tokens, turned over in shared memory; a warp then scans one head's tokens, 32
@@ -15,11 +14,10 @@
 // when the problem is small.
 #include <type_traits>
 
-#include "../core/convert.cuh"
 #include "../core/launch.h"
 #include "../ptx/common.cuh"
-#include "formulas.cuh"
 #include "launch.h"
+#include "steps.cuh"
 
 namespace mamba2::ssd {
 namespace {
@@ -28,20 +26,13 @@ constexpr int kThreads = 256, kHeads = 16;
 constexpr int kWarps = kThreads / 32, kTokenStep = kThreads / kHeads;
 
 struct CumsumParams {
-  Strided dt;  // (b, l, h)
-  DType dt_dtype;
-  AnyFloat A;        // (h)
-  AnyFloat dt_bias;  // (h), optional
-  bool dt_softplus;
-  float dt_min, dt_max;
-  const int* seq_idx;  // (b, l), optional
+  StepInputs steps;
   Chunking chunking;
   int h;
   float* delta;          // (chunks, h, q) out
   float* a_cumsum_log2;  // (chunks, h, q) out
   float* a_rest_log2;    // (chunks, h, q) out, optional
   float* a_run_log2;     // (chunks, h, q) out, optional
-  WordsToClear clear;
 };
 
 template <int q>
@@ -50,57 +41,24 @@ struct CumsumShared {
   float a[kHeads][q + 2];
 };
 
-// Whether the sequence of runs in seq_idx starts anew at this token.
-MAMBA2_DEVICE bool resets(const CumsumParams& params, const Chunk& chunk, int token) {
-  if (params.seq_idx == nullptr || token == 0) return false;
-  const int* seq_idx = params.seq_idx + chunk.row * params.chunking.l + token;
-  return seq_idx[0] != seq_idx[-1];
-}
-
-// This thread's tokens of dt for one head, all loads in flight at once; 0 past the chunk's end.
-template <class Stored, int kTokens>
-MAMBA2_DEVICE void load_dt(const void* dt, int64_t at, int64_t stride, int count,
-                           float (&r_dt)[kTokens]) {
-  MAMBA2_UNROLL for (int k = 0; k < kTokens; ++k) {
-    const int t = threadIdx.x / kHeads + k * kTokenStep;
-    r_dt[k] = t < count ? convert<float>(static_cast<const Stored*>(dt)[at + t * stride]) : 0.f;
-  }
-}
-
 template <int q>
 MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, int head_base,
                               CumsumShared<q>& shared) {
   const int head = threadIdx.x % kHeads, i_h = head_base + head;
   if (i_h >= params.h) return;
-  const void* dt = params.dt.ptr;
-  const int64_t at = chunk.row * params.dt.b + chunk.token * params.dt.l + i_h * params.dt.h;
+  const StepInputs& in = params.steps;
+  const int first = threadIdx.x / kHeads;
   float r_dt[q / kTokenStep];
-  switch (params.dt_dtype) {
-    case DType::f64:
-      load_dt<double>(dt, at, params.dt.l, chunk.count, r_dt);
-      break;
-    case DType::f32:
-      load_dt<float>(dt, at, params.dt.l, chunk.count, r_dt);
-      break;
-    case DType::bf16:
-      load_dt<bf16>(dt, at, params.dt.l, chunk.count, r_dt);
-      break;
-    case DType::f16:
-      load_dt<f16>(dt, at, params.dt.l, chunk.count, r_dt);
-      break;
-  }
-  const float A = load<float>(params.A, i_h);
-  const float bias = params.dt_bias.ptr ? load<float>(params.dt_bias, i_h) : 0.f;
+  load_dt<q / kTokenStep, kTokenStep>(in, chunk.row, chunk.token, i_h, first, chunk.count, r_dt);
+  const float A = load<float>(in.A, i_h);
+  const float bias = in.dt_bias.ptr ? load<float>(in.dt_bias, i_h) : 0.f;
   MAMBA2_UNROLL for (int k = 0; k < q / kTokenStep; ++k) {
-    const int t = threadIdx.x / kHeads + k * kTokenStep;
-    float delta = 0.f, a = 0.f;
-    if (t < chunk.count) {
-      delta = delta_of(r_dt[k], bias, params.dt_softplus, params.dt_min, params.dt_max).value;
-      a = resets(params, chunk, chunk.token + t) ? static_cast<float>(kMinDecayLog2)
-                                                 : decay_log2(delta, A);
-    }
-    shared.delta[head][t] = delta;
-    shared.a[head][t] = a;
+    const int t = first + k * kTokenStep;
+    Step step{0.f, 0.f};
+    if (t < chunk.count)
+      step = step_of(in, r_dt[k], bias, A, resets(in, chunk.row, chunk.token + t));
+    shared.delta[head][t] = step.delta;
+    shared.a[head][t] = step.a_log2;
   }
 }
 
@@ -110,11 +68,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64 ? 6 : q == 128 ? 4 : 3)
   CumsumShared<q>& shared = *static_cast<CumsumShared<q>*>(ptx::dynamic_smem());
   const int head_tiles = ceil_div(params.h, kHeads);
   const int i_chunk = blockIdx.x / head_tiles, head_base = blockIdx.x % head_tiles * kHeads;
-  ptx::griddepcontrol_launch_dependents();
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < params.clear.count;
-       i += gridDim.x * kThreads) {
-    params.clear.words[i] = 0;
-  }
   const Chunk chunk = params.chunking.at(i_chunk);
   if (chunk.i_seq < 0) return;
 
@@ -127,12 +80,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64 ? 6 : q == 128 ? 4 : 3)
     const int64_t out = (static_cast<int64_t>(i_chunk) * params.h + head_base + head) * q;
     Sum before = 0;
     MAMBA2_UNROLL for (int t = lane; t < q; t += 32) {
-      Sum sum = shared.a[head][t];
-      MAMBA2_UNROLL for (int d = 1; d < 32; d *= 2) {
-        const Sum left = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) sum += left;
-      }
-      sum += before;
+      const Sum sum = inclusive_sum(Sum(shared.a[head][t]), lane) + before;
       const Sum middle = __shfl_sync(~0u, sum, kDecayRun - 1);
       if (params.a_run_log2)
         params.a_run_log2[out + t] = static_cast<float>(sum - (lane < kDecayRun ? before : middle));
@@ -158,23 +106,10 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
 }  // namespace
 
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream, const WordsToClear& clear, float* a_rest_log2, float* a_run_log2) {
+                 void* stream, float* a_rest_log2, float* a_run_log2) {
   const Range range("chunk_cumsum");
-  const CumsumParams params{in.dt,
-                            in.dt_dtype,
-                            in.A,
-                            in.dt_bias,
-                            in.dt_softplus,
-                            static_cast<float>(in.dt_min),
-                            static_cast<float>(in.dt_max),
-                            in.seq_idx,
-                            chunking,
-                            in.shape.h,
-                            delta,
-                            a_cumsum_log2,
-                            a_rest_log2,
-                            a_run_log2,
-                            clear};
+  const CumsumParams params{step_inputs(in), chunking,      in.shape.h, delta,
+                            a_cumsum_log2,   a_rest_log2, a_run_log2};
   const int64_t chunks = in.shape.chunks(chunking.q);
   switch (chunking.q) {
     case 64:

@@ -43,6 +43,14 @@ struct Chunking {
     const int64_t left = l - token;
     return {row, row, token, int(left < q ? left : q), i_c, i_c == chunks_per_row - 1};
   }
+  // Chunk i + n, from chunk i: the same as at(), with less arithmetic.
+  MAMBA2_HD Chunk after(const Chunk& c, int i, int n) const {
+    if (table || c.i_c + n >= chunks_per_row) return at(i + n);
+    const int token = c.token + n * q;
+    const int64_t left = l - token;
+    const bool is_last = c.i_c + n == chunks_per_row - 1;
+    return {c.row, c.row, token, int(left < q ? left : q), c.i_c + n, is_last};
+  }
   // First chunk and number of chunks of a sequence.
   MAMBA2_HD int first(int i_seq) const {
     return table ? first_chunk[i_seq] : i_seq * chunks_per_row;

@@ -1,200 +1,285 @@
-// The loader, the decays and the scorer of fused_scan (sm_90a): what feeds the scanners.
+// The feeders of fused_scan (sm_90a), warps of one warpgroup: the loader, the decays of each unit's
+// tokens, and the storer of y.
 #pragma once
 #include "fused_scan_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 
+// One warp, all of whose values are uniform; its first lane acts.
 template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
 struct Loader {
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
   const FusedScanArgs& args;
   Smem& s;
+  const bool acts;
   tile::RingPosition<kStages> at;
+  tile::RingPosition<kTaskSlots> published;
 
-  MAMBA2_DEVICE void load(const Unit (&units)[kUnits], const Chunk& c, int i_chunk) {
+  MAMBA2_DEVICE void load(const Unit (&units)[kUnits], int row, int token) {
     auto& stage = s.stage[at.stage];
     ptx::Mbarrier* full = &s.ring.full[at.stage];
     const int active = units[1].active ? 2 : 1, group = units[0].group;
-    const uint32_t tile_bytes = kQ * kP * sizeof(T), scalar_bytes = kQ * sizeof(float);
-    ptx::mbarrier_arrive_expect_tx(full, (kStateOnly ? 1 : 2) * kQ * kN * sizeof(T) +
-                                             active * (tile_bytes * (1 + kGate) + 2 * scalar_bytes));
+    const uint32_t tile_bytes = kQ * kP * sizeof(T);
+    ptx::mbarrier_arrive_expect_tx(
+        full, (kStateOnly ? 1 : 2) * kQ * kN * sizeof(T) + active * tile_bytes * (1 + kGate));
     MAMBA2_UNROLL
     for (int panel = 0; panel < kN / 64; ++panel) {
       const int offset = panel * kQ * 64;
-      ptx::tma_load_4d(stage.B + offset, &args.B, panel * 64, group, c.token, c.row, full);
+      ptx::tma_load_4d(stage.B + offset, &args.B, panel * 64, group, token, row, full);
       if constexpr (!kStateOnly)
-        ptx::tma_load_4d(stage.C + offset, &args.C, panel * 64, group, c.token, c.row, full);
+        ptx::tma_load_4d(stage.C + offset, &args.C, panel * 64, group, token, row, full);
     }
     MAMBA2_UNROLL
     for (int half = 0; half < kUnits; ++half) {
       const Unit u = units[half];
       if (!u.active) break;
-      ptx::tma_load_4d(stage.x[half], &args.x, u.p_block * kP, u.head, c.token, c.row, full);
+      ptx::tma_load_4d(stage.x[half], &args.x, u.p_block * kP, u.head, token, row, full);
       if constexpr (kGate)
-        ptx::tma_load_4d(stage.z[half], &args.z, u.p_block * kP, u.head, c.token, c.row, full);
-      const int64_t scalars = (int64_t(i_chunk) * args.h + u.head) * kQ;
-      ptx::bulk_load(stage.a_log2[half], args.a_cumsum_log2 + scalars, scalar_bytes, full);
-      ptx::bulk_load(stage.delta[half], args.delta + scalars, scalar_bytes, full);
+        ptx::tma_load_4d(stage.z[half], &args.z, u.p_block * kP, u.head, token, row, full);
     }
   }
-
-  MAMBA2_DEVICE void run() {
-    ptx::griddepcontrol_wait();  // what all blocks read goes through this thread's loads
-    int ticket = ptx::atom_add_relaxed_gpu(args.ticket, 1);
-    while (ticket < args.tasks) {
-      const int next = ptx::atom_add_relaxed_gpu(args.ticket, 1);
-      const Task task = task_of(args, ticket);
-      const Unit units[kUnits] = {unit_of(args, task.pair, 0), unit_of(args, task.pair, 1)};
-      for (int i = task.begin; i < task.end; ++i) {
-        const Chunk c = args.chunking.at(i);
-        if (c.i_seq < 0) break;
-        const bool ends = i + 1 == task.end || args.chunking.at(i + 1).i_seq < 0;
-        const int flags = (i == task.begin ? kBeginsTask : 0) | (ends ? kEndsTask : 0) |
-                          (c.i_c == 0 ? kBeginsSequence : 0) | (c.is_last ? kEndsSequence : 0);
-        s.ring.wait_empty(at);
-        s.info[at.stage] = {flags, c.row, c.token, c.count, c.i_seq, task.pair, task.slot, task.segment};
-        load(units, c, i);
-        at.advance();
+  static MAMBA2_DEVICE int flags_of(const Walk& walk, const Chunk& next) {
+    return (walk.i == walk.task.begin ? kBeginsTask : 0) | (next.i_seq < 0 ? kEndsTask : 0) |
+           (walk.chunk.i_c == 0 ? kBeginsSequence : 0) | (walk.chunk.is_last ? kEndsSequence : 0);
+  }
+  static MAMBA2_DEVICE Unit uniform(const Unit& u) {
+    return {tile::uniform(u.index), tile::uniform(u.head), tile::uniform(u.p_block),
+            tile::uniform(u.group), tile::uniform(u.active) != 0};
+  }
+  MAMBA2_DEVICE void run_task(int ticket) {
+    Walk walk;
+    walk.begin(args, ticket);
+    const Task& task = walk.task;
+    const Unit units[kUnits] = {uniform(unit_of(args, task.pair, 0)),
+                                uniform(unit_of(args, task.pair, 1))};
+    while (walk.exists()) {
+      const Chunk c = walk.chunk, next = walk.following(args);
+      const int row = tile::uniform(c.row), token = tile::uniform(c.token);
+      s.ring.wait_empty(at);
+      __syncwarp();  // no lane looks at a barrier that has gone on since
+      if (acts) {
+        s.info[at.stage] = {
+            flags_of(walk, next), c.row, c.token, c.count, c.i_seq, task.pair, task.slot,
+            task.segment};
+        load(units, row, token);
       }
+      at.advance();
+      walk.go_to(next);
+    }
+  }
+  MAMBA2_DEVICE int take_ticket() const {
+    return tile::uniform(acts ? ptx::atom_add_relaxed_gpu(args.ticket, 1) : 0);
+  }
+  MAMBA2_DEVICE void publish(int ticket) {
+    s.tickets_ring.wait_empty(published);
+    __syncwarp();
+    if (acts) {
+      s.tickets[published.stage] = ticket;
+      s.tickets_ring.fill(published);
+    }
+    published.advance();
+  }
+  MAMBA2_DEVICE void run() {
+    ptx::prefetch_tensormap(&args.B);
+    ptx::prefetch_tensormap(&args.C);
+    ptx::prefetch_tensormap(&args.x);
+    ptx::griddepcontrol_wait();  // what the scanners read themselves comes after these loads
+    int ticket = args.ticket ? take_ticket() : int(blockIdx.x);
+    publish(ticket);
+    while (ticket < args.tasks) {
+      const int next = args.ticket ? take_ticket() : ticket + int(gridDim.x);
+      publish(next);
+      run_task(ticket);
       ticket = next;
     }
     s.ring.wait_empty(at);
-    s.info[at.stage].flags = kExit;
-    s.ring.fill(at);
+    __syncwarp();
+    if (acts) {
+      s.info[at.stage].flags = kExit;
+      s.ring.fill(at);
+    }
   }
 };
 
-// One warp beside the loader. For every token one exponential of each kind:
+// chunk_cumsum of a pair, and for every token one exponential of each kind:
 //   2^a_i for the rows of S C^T, 2^(a_q - a_j) delta_j for what enters the state, and
 //   2^(a_e - a_j) delta_j up to the end e of the token's block of 16, for the blocks below the
 //   diagonal: with 2^(a_i - a_e) of the row, both factors are at most 1.
+// kBuffers warps take chunks in turn, each for a buffer of weights of its own, so that dt of a
+// warp's next chunk has the time of two chunks to arrive. A lane has tokens 2 lane and 2 lane + 1.
 template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
 struct Decays {
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
+  static_assert(kQ == 64, "two tokens a lane");
+  const FusedScanArgs& args;
   Smem& s;
-  const int lane;
+  const int buffer, lane;
+  Walk walk{};
+  tile::RingPosition<kTaskSlots> tickets;
+  bool more = true;  // walk is at a chunk, or before the first
+  struct HalfInputs {
+    float A = 0.f, bias = 0.f;
+    int head = 0;
+    uint32_t dt_bits[2] = {0, 0};  // of walk's chunk, on their way
+  };
+  HalfInputs inputs[kUnits];
+  bool reset[2] = {false, false};
 
-  MAMBA2_DEVICE void run() {
-    tile::RingPosition<kStages> at;
-    tile::RingPosition<kBuffers> to;
-    for (;; at.advance(), to.advance()) {
-      s.ring.wait_full(at);
-      if (s.info[at.stage].flags & kExit) return;
-      const auto& stage = s.stage[at.stage];
-      auto& weights = s.weights[to.stage];
-      s.weights_ring.wait_empty(to);
+  MAMBA2_DEVICE Decays(const FusedScanArgs& args, Smem& s, int buffer, int lane)
+      : args(args), s(s), buffer(buffer), lane(lane) {}
+
+  MAMBA2_DEVICE void begin_tasks() {  // up to one that has chunks
+    while (more && !walk.exists()) {
+      s.tickets_ring.wait_full(tickets);
+      const int ticket = s.tickets[tickets.stage];
+      s.tickets_ring.release(tickets);
+      tickets.advance();
+      more = ticket < args.tasks;
+      if (!more) return;
+      walk.begin(args, ticket);
       MAMBA2_UNROLL
-      for (int i = 0; i < kUnits * kQ / 32; ++i) {
-        const int half = i / (kQ / 32), t = i % (kQ / 32) * 32 + lane;
-        const float a = stage.a_log2[half][t], delta = stage.delta[half][t];
-        const float a_block = stage.a_log2[half][t | 15], a_q = stage.a_log2[half][kQ - 1];
-        weights.row_decay[half][t] = ptx::ex2(a);
-        weights.input_weight[half][t] = ptx::ex2(a_q - a) * delta;
-        weights.column_weight[half][t] = ptx::ex2(a_block - a) * delta;
+      for (int half = 0; half < kUnits; ++half) {
+        const Unit unit = unit_of(args, walk.task.pair, half);
+        HalfInputs& in = inputs[half];
+        in.head = half > 0 && !unit.active ? inputs[0].head : unit.head;  // idle: any that exists
+        in.A = mamba2::load<float>(args.steps.A, in.head);
+        if (args.steps.dt_bias) in.bias = mamba2::load<float>(args.steps.dt_bias, in.head);
       }
-      s.decays_ring.fill(to);
-      s.weights_ring.fill(to);
-      s.ring.release(at);
+    }
+  }
+  MAMBA2_DEVICE void step_over(int chunks) {
+    if (walk.exists()) {  // seldom not in one step
+      const Chunk there = walk.following(args, chunks);
+      if (there.i_seq >= 0) return walk.go_to(there, chunks);
+    }
+    MAMBA2_NO_UNROLL
+    for (int k = 0; k < chunks && more; ++k) {
+      if (walk.exists()) walk.go_to(walk.following(args));
+      begin_tasks();
+    }
+  }
+  MAMBA2_DEVICE void fetch() {
+    if (!more) return;
+    const Chunk& c = walk.chunk;
+    MAMBA2_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const int t = 2 * lane + k < c.count ? 2 * lane + k : c.count - 1;
+      const int64_t at = c.row * args.steps.dt.b + int64_t(c.token + t) * args.steps.dt.l;
+      MAMBA2_UNROLL
+      for (HalfInputs& in : inputs)
+        in.dt_bits[k] = load_dt_bits(args.steps, at + in.head * args.steps.dt.h);
+      if (args.steps.seq_idx) reset[k] = resets(args.steps, c.row, c.token + t);
+    }
+  }
+  struct Sums {
+    float a[2], delta[2];
+  };
+  MAMBA2_DEVICE Sums sums_of(const HalfInputs& in) const {
+    Sums sums;
+    MAMBA2_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const float dt = dt_of_bits(args.steps, in.dt_bits[k]);
+      const Step step = step_of(args.steps, dt, in.bias, in.A, reset[k]);
+      const bool in_chunk = 2 * lane + k < walk.chunk.count;
+      sums.delta[k] = in_chunk ? step.delta : 0.f;
+      sums.a[k] = in_chunk ? step.a_log2 : 0.f;
+    }
+    const float up_to = inclusive_sum(sums.a[0] + sums.a[1], lane);
+    const float before = __shfl_up_sync(~0u, up_to, 1);
+    if (lane > 0) sums.a[0] += before;
+    sums.a[1] = up_to;
+    return sums;
+  }
+  // One copy of the code for both units (see Scorer::weigh_units), which take turns in its
+  // registers.
+  MAMBA2_DEVICE void sum(Sums (&sums)[kUnits]) {
+    static_assert(kUnits == 2, "two that change places twice");
+    MAMBA2_NO_UNROLL
+    for (int half = 0; half < kUnits; ++half) {
+      const HalfInputs in = inputs[0];
+      inputs[0] = inputs[1], inputs[1] = in;
+      sums[0] = sums[1];
+      sums[1] = sums_of(in);
+    }
+  }
+  MAMBA2_DEVICE void store(const Sums& of, Weights<T>& weights, int half) const {
+    const float *a = of.a, *delta = of.delta;
+    const float a_q = __shfl_sync(~0u, a[1], 31), a_block = __shfl_sync(~0u, a[1], lane | 7);
+    const auto pair = [&](float* values) -> float2& {
+      return reinterpret_cast<float2*>(values)[lane];
+    };
+    pair(weights.a_log2[half]) = make_float2(a[0], a[1]);
+    pair(weights.delta[half]) = make_float2(delta[0], delta[1]);
+    pair(weights.column_weight[half]) =
+        make_float2(ptx::ex2(a_block - a[0]) * delta[0], ptx::ex2(a_block - a[1]) * delta[1]);
+    weights.row_decay[half].pair(lane) = make_float2(ptx::ex2(a[0]), ptx::ex2(a[1]));
+    weights.input_weight[half].pair(lane) =
+        make_float2(ptx::ex2(a_q - a[0]) * delta[0], ptx::ex2(a_q - a[1]) * delta[1]);
+  }
+  MAMBA2_DEVICE void run() {
+    ptx::griddepcontrol_wait();
+    walk.chunk.i_seq = -1;
+    tile::RingPosition<kBuffers> to{buffer};
+    bool fetched = false;
+    for (int skip = buffer + 1;; skip = kBuffers) {
+      Sums sums[kUnits];
+      if (fetched) sum(sums);
+      step_over(skip);
+      fetch();
+      if (fetched) {
+        s.weights_ring.wait_empty(to);
+        MAMBA2_UNROLL
+        for (int half = 0; half < kUnits; ++half) store(sums[half], s.weights[buffer], half);
+        s.decays_ring.fill(to);
+        s.weights_ring.fill(to);
+        to.phase ^= 1;
+      }
+      if (!more) return;
+      fetched = true;
     }
   }
 };
 
-template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
-struct Scorer {
+// One warp: y of both units to global memory, by bulk stores, or row by row where a neighbour
+// follows.
+template <class T, int kN, bool kGate, int kStages>
+struct Storer {
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
   const FusedScanArgs& args;
   Smem& s;
-  const int thread;
-  const tile::Lane me;
+  const int lane;
 
-  MAMBA2_DEVICE Scorer(const FusedScanArgs& args, Smem& s, int thread)
-      : args(args), s(s), thread(thread), me(thread) {}
-
-  // Rows behind a packed sequence's end are the next sequence's: its NaN times 0 would be NaN.
-  MAMBA2_DEVICE void clear_tail(Stage<T, kN, kGate>& stage, int count) const {
-    for (int panel = 0; panel < kN / 64; ++panel)
-      tile::zero_rows<kQ>(stage.B + panel * kQ * 64, count, thread, tile::kWarpgroup);
-    for (int half = 0; half < kUnits; ++half)
-      tile::zero_rows<kQ>(stage.x[half], count, thread, tile::kWarpgroup);
-    ptx::fence_proxy_async_shared();
-    ptx::bar_sync(1, tile::kWarpgroup);
-  }
-  // One block of 16 columns j of C B^T o L o delta, rounded, to shared memory [i][j]; below the
-  // diagonal, and on it.
-  MAMBA2_DEVICE void weigh_below(const float* scores, const float (&a_i)[2], const float* a,
-                                 const float* column_weight, T* out, int t) const {
-    const float a_block = a[16 * t + 15];
-    const float row[2] = {ptx::ex2(a_i[0] - a_block), ptx::ex2(a_i[1] - a_block)};
-    uint32_t r[4];
-    MAMBA2_UNROLL
-    for (int u = 0; u < 2; ++u) {
-      const float2 w = *reinterpret_cast<const float2*>(column_weight + me.column(2 * t + u));
-      MAMBA2_UNROLL
-      for (int v = 0; v < 2; ++v)
-        r[2 * u + v] = pack2<T>(scores[4 * u + 2 * v] * (row[v] * w.x),
-                                scores[4 * u + 2 * v + 1] * (row[v] * w.y));
+  MAMBA2_DEVICE void store(const StageInfo& info, const Unit& unit, const T* tile) const {
+    if (!args.chunking.table || info.count == kQ) {
+      if (lane > 0) return;
+      ptx::tma_store_4d(&args.y, unit.p_block * kP, unit.head, info.token, info.row, tile);
+      ptx::bulk_commit_group();
+      return;
     }
-    tile::store_fragment(out, r, t, me);
+    T* y = static_cast<T*>(args.y_out.ptr) + info.token * args.y_out.l + unit.head * args.y_out.h +
+           unit.p_block * kP;
+    for (int i = lane; i < info.count * 8; i += 32)
+      *reinterpret_cast<uint4*>(y + i / 8 * args.y_out.l + i % 8 * 8) =
+          *static_cast<const uint4*>(tile::panel_address(tile, i / 8, i % 8 * 8));
   }
-  MAMBA2_DEVICE void weigh_diagonal(const float* scores, const float (&a_i)[2], const float* a,
-                                    const float* delta, T* out, int t) const {
-    uint32_t r[4];
-    MAMBA2_UNROLL
-    for (int u = 0; u < 2; ++u) {
-      const int j = me.column(2 * t + u);
-      const float2 a_j = *reinterpret_cast<const float2*>(a + j);
-      const float2 d_j = *reinterpret_cast<const float2*>(delta + j);
-      MAMBA2_UNROLL
-      for (int v = 0; v < 2; ++v) {
-        const int i = me.row(v), e = 4 * u + 2 * v;
-        const float lo = scores[e] * ptx::ex2(a_i[v] - a_j.x) * d_j.x;
-        const float hi = scores[e + 1] * ptx::ex2(a_i[v] - a_j.y) * d_j.y;
-        r[2 * u + v] = pack2<T>(i >= j ? lo : 0.f, i >= j + 1 ? hi : 0.f);
-      }
-    }
-    tile::store_fragment(out, r, t, me);
-  }
-  // The blocks of a warp's 16 rows up to the diagonal; those above it stay zero.
-  MAMBA2_DEVICE void weigh(const float (&scores)[kQ / 2], const Stage<T, kN, kGate>& stage,
-                           Weights<T>& weights, int half) const {
-    const float* a = stage.a_log2[half];
-    const float a_i[2] = {a[me.row(0)], a[me.row(1)]};
-    MAMBA2_UNROLL
-    for (int t = 0; t < kQ / 16; ++t) {
-      T* out = weights.scores[half];
-      if (t < me.warp) weigh_below(scores + 8 * t, a_i, a, weights.column_weight[half], out, t);
-      if (t == me.warp) weigh_diagonal(scores + 8 * t, a_i, a, stage.delta[half], out, t);
-    }
-  }
-
   MAMBA2_DEVICE void run() {
     tile::RingPosition<kStages> at;
-    tile::RingPosition<kBuffers> to;
-    for (;; at.advance(), to.advance()) {
+    tile::RingPosition<kBuffers> from;
+    for (;; at.advance(), from.advance()) {
       s.ring.wait_full(at);
-      const StageInfo& info = s.info[at.stage];
-      if (info.flags & kExit) return;
-      auto& stage = s.stage[tile::uniform(at.stage)];
-      if (args.chunking.table && info.count < kQ) clear_tail(stage, info.count);
-      float scores[kQ / 2];
-      if constexpr (!kStateOnly) {
-        ptx::wgmma_fence();
-        tile::product_ss<T, kQ, kN / 16>(scores, tile::KMajor<kQ>{stage.C},
-                                         tile::KMajor<kQ>{stage.B}, false);
-        ptx::wgmma_commit_group();
+      const StageInfo info = s.info[at.stage];
+      if (info.flags & kExit) break;
+      s.ring.release(at);  // its info may be written anew
+      MAMBA2_NO_UNROLL
+      for (int half = 0; half < kUnits; ++half) {
+        const Unit unit = unit_of(args, info.pair, half);
+        s.y_ring[half].wait_full(from);
+        if (unit.active) store(info, unit, s.y[from.stage][half]);
       }
-      s.decays_ring.wait_full(to);  // and so the buffer is empty
-      if constexpr (!kStateOnly) {
-        auto& weights = s.weights[tile::uniform(to.stage)];
-        ptx::wgmma_wait_group<0>();
-        ptx::wgmma_fence_operand(scores);
-        MAMBA2_NO_UNROLL
-        for (int half = 0; half < kUnits; ++half) weigh(scores, stage, weights, half);
-        ptx::fence_proxy_async_shared();
-      }
-      s.weights_ring.fill(to);
-      s.ring.release(at);
+      ptx::bulk_wait_group_read<0>();
+      for (int half = 0; half < kUnits; ++half) s.y_ring[half].release(from);
     }
+    ptx::bulk_wait_group<0>();
   }
 };
 

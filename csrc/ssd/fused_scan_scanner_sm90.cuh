@@ -8,8 +8,8 @@ namespace mamba2::ssd::sm90 {
 template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
 struct Scanner {
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
-  using State = float[kN / 2];   // (64 p, n) of one unit, an accumulator
-  using Output = float[kQ / 2];  // (64 p, 64 tokens)
+  using State = float[kN / 2];      // (64 p, n) of one unit, an accumulator
+  using Output = float[kQ / 2];     // (64 p, 64 tokens)
   using Tokens = uint32_t[kQ / 4];  // x or z of the chunk, transposed: A fragments (p, tokens)
 
   const FusedScanArgs& args;
@@ -29,7 +29,8 @@ struct Scanner {
     const int p = unit.p_block * kP + me.row((e >> 1) & 1), n = me.column(e / 4);
     return ((int64_t(i_seq) * args.h + unit.head) * args.p + p) * args.n + n;
   }
-  MAMBA2_DEVICE float* carry(int slot) const {  // (n / 8, 128 threads, 4): in the order of registers
+  MAMBA2_DEVICE float* carry(
+      int slot) const {  // (n / 8, 128 threads, 4): in the order of registers
     return args.carry + ((int64_t(slot) * args.units + unit.index) * kP * kN) + thread * 4;
   }
   MAMBA2_DEVICE void start_sequence(State& S, int i_seq) const {
@@ -47,6 +48,22 @@ struct Scanner {
       *reinterpret_cast<float2*>(args.final_states + state_offset(i_seq, e)) =
           make_float2(S[e], S[e + 1]);
   }
+  // S = the carry of a slot, or with what came before it: 2^through S + carry.
+  MAMBA2_DEVICE void add_carry(State& S, int slot, bool alone) const {
+    const float* from = carry(slot);
+    const bool first = alone || slot == 0;
+    const float through =
+        first ? 0.f : ptx::ex2(args.through_log2[int64_t(slot) * args.units + unit.index]);
+    MAMBA2_UNROLL
+    for (int i = 0; i < kN / 8; ++i) {
+      const float4 v = ptx::ld_cg_v4(from + i * tile::kWarpgroup * 4);
+      float* at = S + 4 * i;
+      at[0] = first ? v.x : fmaf(through, at[0], v.x),
+      at[1] = first ? v.y : fmaf(through, at[1], v.y);
+      at[2] = first ? v.z : fmaf(through, at[2], v.z),
+      at[3] = first ? v.w : fmaf(through, at[3], v.w);
+    }
+  }
   MAMBA2_DEVICE void load_carry(State& S, const StageInfo& info) const {
     if constexpr (kStateOnly) {  // pass one: what the run adds, from nothing
       MAMBA2_UNROLL
@@ -58,12 +75,9 @@ struct Scanner {
       const int* flag = args.flags + info.slot * args.units + unit.index;
       while (ptx::ld_acquire_gpu(flag) < info.segment) ptx::nanosleep(64);
     }
-    const float* from = carry(info.slot);
-    MAMBA2_UNROLL
-    for (int i = 0; i < kN / 8; ++i) {
-      const float4 v = ptx::ld_cg_v4(from + i * tile::kWarpgroup * 4);
-      S[4 * i] = v.x, S[4 * i + 1] = v.y, S[4 * i + 2] = v.z, S[4 * i + 3] = v.w;
-    }
+    const bool is_sum = args.schedule == Schedule::tickets || args.carry_is_sum;
+    MAMBA2_NO_UNROLL
+    for (int k = is_sum ? info.slot : 0; k < info.slot + is_sum; ++k) add_carry(S, k, is_sum);
   }
   MAMBA2_DEVICE void store_carry(const State& S, const StageInfo& info) const {
     float* to = carry(info.slot);
@@ -83,8 +97,8 @@ struct Scanner {
     MAMBA2_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int p = unit.p_block * kP + me.row(r);
-      D[r] = mamba2::load<float>(args.D, args.D_per_channel ? int64_t(unit.head) * args.p + p
-                                                            : int64_t(unit.head));
+      D[r] = mamba2::load<float>(
+          args.D, args.D_per_channel ? int64_t(unit.head) * args.p + p : int64_t(unit.head));
     }
   }
   MAMBA2_DEVICE void enter_run(State& S, const StageInfo& info, float& through_log2) {
@@ -115,84 +129,69 @@ struct Scanner {
 
   // ---- the steps of a chunk ----
   // w_j x_j, rounded: the A fragments of what enters the state.
-  MAMBA2_DEVICE void weigh_inputs(Tokens& weighted, const Tokens& x, const float* w) const {
+  MAMBA2_DEVICE void weigh_inputs(Tokens& weighted, const Tokens& x,
+                                  const TokenValues& input_weight) const {
     MAMBA2_UNROLL
-    for (int k = 0; k < kQ / 8; ++k) {
-      const float2 w_k = *reinterpret_cast<const float2*>(w + me.column(k));
+    for (int step = 0; step < kQ / 16; ++step) {
+      const float4 w = input_weight.of_lane(me.lane, step);
       MAMBA2_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const float2 v = unpack2<T>(x[2 * k + r]);
-        weighted[2 * k + r] = pack2<T>(v.x * w_k.x, v.y * w_k.y);
+      for (int i = 0; i < 4; ++i) {  // rows: i % 2, columns: i / 2
+        const float2 v = unpack2<T>(x[4 * step + i]);
+        weighted[4 * step + i] = pack2<T>(v.x * (i < 2 ? w.x : w.z), v.y * (i < 2 ? w.y : w.w));
       }
     }
   }
-  MAMBA2_DEVICE void scale_tokens(Output& Y, const float* row_decay) const {
+  // Y = 2^a_i Y + D x
+  MAMBA2_DEVICE void decay_and_skip(Output& Y, const Tokens& x,
+                                    const TokenValues& row_decay) const {
     MAMBA2_UNROLL
-    for (int k = 0; k < kQ / 8; ++k) {
-      const float2 w = *reinterpret_cast<const float2*>(row_decay + me.column(k));
-      Y[4 * k] *= w.x, Y[4 * k + 1] *= w.y, Y[4 * k + 2] *= w.x, Y[4 * k + 3] *= w.y;
+    for (int step = 0; step < kQ / 16; ++step) {
+      const float4 w = row_decay.of_lane(me.lane, step);
+      MAMBA2_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int k = 4 * step + i;
+        const float2 v = unpack2<T>(x[k]);
+        Y[2 * k] = fmaf(D[i % 2], v.x, Y[2 * k] * (i < 2 ? w.x : w.z));
+        Y[2 * k + 1] = fmaf(D[i % 2], v.y, Y[2 * k + 1] * (i < 2 ? w.y : w.w));
+      }
     }
   }
-  MAMBA2_DEVICE void skip_and_gate(Output& Y, const Tokens& x, const Tokens& z) const {
+  MAMBA2_DEVICE void gate(Output& Y, const T* s_z) const {
+    Tokens z;
+    tile::load_transposed<kQ / 16>(z, s_z, me);
     MAMBA2_UNROLL
     for (int k = 0; k < kQ / 4; ++k) {
-      const float2 v = unpack2<T>(x[k]);
-      Y[2 * k] += D[k & 1] * v.x, Y[2 * k + 1] += D[k & 1] * v.y;
-      if constexpr (kGate) {
-        const float2 gate = unpack2<T>(z[k]);
-        Y[2 * k] *= silu(gate.x), Y[2 * k + 1] *= silu(gate.y);
-      }
+      const float2 v = unpack2<T>(z[k]);
+      Y[2 * k] *= silu(v.x), Y[2 * k + 1] *= silu(v.y);
     }
   }
-  // y of the chunk to global memory: one bulk store, or row by row where a neighbour follows.
-  MAMBA2_DEVICE void store_y(const Output& Y, int row, int token, int count, int buffer) const {
-    T* tile = s.y[buffer][half];
-    tile::store_transposed<T, kQ>(tile, Y, me);
-    if (thread == 0) ptx::bulk_wait_group_read<0>();  // the other buffer is free after sync
-    ptx::fence_proxy_async_shared();
-    sync();
-    if (!args.chunking.table || count == kQ) {
-      if (thread == 0 && unit.active) {
-        ptx::tma_store_4d(&args.y, unit.p_block * kP, unit.head, token, row, tile);
-        ptx::bulk_commit_group();
-      }
-      return;
-    }
-    T* y = static_cast<T*>(args.y_out.ptr) + token * args.y_out.l + unit.head * args.y_out.h +
-           unit.p_block * kP;
-    for (int i = thread; i < (unit.active ? count * 8 : 0); i += tile::kWarpgroup)
-      *reinterpret_cast<uint4*>(y + i / 8 * args.y_out.l + i % 8 * 8) =
-          *static_cast<const uint4*>(tile::panel_address(tile, i / 8, i % 8 * 8));
-    sync();  // the buffer is read by ordinary loads here, which no bulk group tracks
+  // Y = S C^T: issued, not waited for.
+  MAMBA2_DEVICE void read_state(Output& Y, const State& S, const T* C) const {
+    uint32_t S_rounded[kN / 4];
+    tile::round_to_fragments<T>(S_rounded, S);
+    ptx::wgmma_fence();
+    tile::product_rs<T, kQ, kN / 16>(Y, S_rounded, tile::KMajor<kQ>{C}, false);
+    ptx::wgmma_commit_group();
   }
-
-  // The state after the chunk, and y of the chunk into Y but for what is thread-local.
-  MAMBA2_DEVICE void products(State& S, Output& Y, Tokens& x, Stage<T, kN, kGate>& stage,
-                              tile::RingPosition<kBuffers> from) const {
-    if constexpr (!kStateOnly) {
-      uint32_t S_rounded[kN / 4];
-      tile::round_to_fragments<T>(S_rounded, S);
-      ptx::wgmma_fence();
-      tile::product_rs<T, kQ, kN / 16>(Y, S_rounded, tile::KMajor<kQ>{stage.C}, false);
-      ptx::wgmma_commit_group();
-    }
-    s.weights_ring.wait_full(from);
-    const auto& weights = s.weights[tile::uniform(from.stage)];
-    Tokens x_weighted;
+  // The state after the chunk, and y of the chunk; Y = S C^T is on its way.
+  MAMBA2_DEVICE void add_chunk(State& S, Output& Y, const Stage<T, kN, kGate>& stage,
+                               const Weights<T>& weights) const {
+    const float chunk_decay = weights.row_decay[half].last();
+    Tokens x, x_weighted;
     tile::load_transposed<kQ / 16>(x, stage.x[half], me);
-    weigh_inputs(x_weighted, x, weights.input_weight[half]);
-    const float chunk_decay = weights.row_decay[half][kQ - 1];
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; ++e) S[e] *= chunk_decay;
-    ptx::wgmma_fence_operand(S);
+    ptx::wgmma_fence_operand(S);  // under the product
+    if constexpr (!kStateOnly) {
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(Y);
+    }
+    weigh_inputs(x_weighted, x, weights.input_weight[half]);
     ptx::wgmma_fence();
     tile::product_rs<T, kN, kQ / 16>(S, x_weighted, tile::MnMajor<kQ>{stage.B}, true);
     ptx::wgmma_commit_group();
     if constexpr (!kStateOnly) {
-      ptx::wgmma_wait_group<1>();
-      ptx::wgmma_fence_operand(Y);
-      tile::load_transposed<kQ / 16>(x, stage.x[half], me);  // again: registers are scarce above
-      scale_tokens(Y, weights.row_decay[half]);
+      decay_and_skip(Y, x, weights.row_decay[half]);
       ptx::wgmma_fence_operand(Y);
       ptx::wgmma_fence();
       tile::product_rs<T, kQ, kQ / 16>(Y, x, tile::KMajor<kQ>{weights.scores[half]}, true);
@@ -202,33 +201,51 @@ struct Scanner {
     ptx::wgmma_fence_operand(S);
     if constexpr (!kStateOnly) ptx::wgmma_fence_operand(Y);
   }
+  // y to the storer.
+  MAMBA2_DEVICE void hand_over(const Tokens& y, tile::RingPosition<kBuffers>& to) const {
+    s.y_ring[half].wait_empty(to);
+    tile::store_fragments_transposed<kQ / 16>(s.y[to.stage][half], y, me);
+    ptx::fence_proxy_async_shared();
+    s.y_ring[half].fill(to);
+    to.advance();
+  }
 
   MAMBA2_DEVICE void run() {
     State S;
+    Tokens y;                  // of the chunk before, rounded
+    bool y_waits = false;      // to be handed over, under this chunk's S C^T
+    bool enters = true;        // a run or a sequence begins, or nothing follows
     float through_log2 = 0.f;  // of the run, pass one
     tile::RingPosition<kStages> at;
-    tile::RingPosition<kBuffers> from;
+    tile::RingPosition<kBuffers> from, to;
     for (;; at.advance(), from.advance()) {
       s.ring.wait_full(at);
-      const int4 info = *reinterpret_cast<const int4*>(&s.info[at.stage]);
-      const int flags = tile::uniform(info.x);
-      if (flags & kExit) break;
-      if (flags & (kBeginsTask | kBeginsSequence)) enter_run(S, s.info[at.stage], through_log2);
-      auto& stage = s.stage[tile::uniform(at.stage)];
-      if constexpr (kStateOnly) through_log2 += stage.a_log2[half][kQ - 1];
-      Output Y;
-      Tokens x, z;
-      products(S, Y, x, stage, from);
-      if constexpr (kGate && !kStateOnly) tile::load_transposed<kQ / 16>(z, stage.z[half], me);
-      s.weights_ring.release(from);
-      if (flags & (kEndsTask | kEndsSequence)) leave_run(S, s.info[at.stage], through_log2);
-      s.ring.release(at);
-      if constexpr (!kStateOnly) {
-        skip_and_gate(Y, x, z);
-        store_y(Y, info.y, info.z, info.w, from.stage);
+      const auto& info = s.info[at.stage];
+      const auto& stage = s.stage[at.stage];
+      const auto& weights = s.weights[from.stage];
+      if (enters) {
+        if (y_waits) hand_over(y, to);
+        y_waits = false;
+        if (tile::uniform(info.flags) & kExit) return;
+        enter_run(S, info, through_log2);
       }
+      Output Y;
+      if constexpr (!kStateOnly) {
+        read_state(Y, S, stage.C);
+        if (y_waits) hand_over(y, to);
+      }
+      s.weights_ring.wait_full(from);
+      add_chunk(S, Y, stage, weights);
+      if constexpr (kStateOnly) through_log2 += weights.a_log2[half][kQ - 1];
+      if constexpr (kGate && !kStateOnly) gate(Y, stage.z[half]);
+      s.weights_ring.release(from);
+      const int flags = tile::uniform(info.flags);
+      enters = (flags & (kEndsTask | kEndsSequence)) != 0;
+      if (enters) leave_run(S, info, through_log2);
+      s.ring.release(at);
+      if constexpr (!kStateOnly) tile::round_to_fragments<T>(y, Y);
+      y_waits = !kStateOnly;
     }
-    if (!kStateOnly && thread == 0) ptx::bulk_wait_group<0>();
   }
 };
 

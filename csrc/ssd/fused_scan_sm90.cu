@@ -2,6 +2,7 @@
 #include "../core/launch.h"
 #include "fused_scan_feed_sm90.cuh"
 #include "fused_scan_scanner_sm90.cuh"
+#include "fused_scan_scorer_sm90.cuh"
 #include "fused_scan_sm90.h"
 
 namespace mamba2::ssd::sm90 {
@@ -13,21 +14,31 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
 #if MAMBA2_SM90A
   constexpr int kStages = fused_scan_stages<T, kN, kGate>();
   auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());
-  const int role = threadIdx.x / tile::kWarpgroup, thread = threadIdx.x % tile::kWarpgroup;
+  ptx::griddepcontrol_launch_dependents();
+  const int role = tile::uniform(threadIdx.x / tile::kWarpgroup);
+  const int thread = threadIdx.x % tile::kWarpgroup;
   if (threadIdx.x == 0) {
-    s.ring.init(1, 32 + (1 + kUnits) * tile::kWarpgroup);
-    s.weights_ring.init(32 + tile::kWarpgroup, kUnits * tile::kWarpgroup);
+    s.tickets_ring.init(1, kBuffers * 32);
+    s.ring.init(1, kUnits * tile::kWarpgroup + (kStateOnly ? 0 : 32));
     s.decays_ring.init(32, 1);
+    s.weights_ring.init(32 + tile::kWarpgroup, kUnits * tile::kWarpgroup);
+    for (auto& y_ring : s.y_ring) y_ring.init(tile::kWarpgroup, 32);
     ptx::fence_mbarrier_init();
   }
   for (int i = 0; i < kBuffers * kUnits; ++i)  // blocks above the diagonal are never written again
     tile::zero_rows<kQ>(s.weights[i / kUnits].scores[i % kUnits], 0, threadIdx.x, kThreads);
   ptx::fence_proxy_async_shared();
   __syncthreads();
-  if (role == kLoader) {
-    ptx::setmaxnreg_dec<kLoaderRegisters>();
-    if (thread == 0) Loader<T, kN, kGate, kStages, kStateOnly>{args, s, {}}.run();
-    if (thread / 32 == 1) Decays<T, kN, kGate, kStages, kStateOnly>{s, thread % 32}.run();
+  if (role == kFeeders) {
+    ptx::setmaxnreg_dec<kFeederRegisters>();
+    const int warp = tile::uniform(thread / 32), lane = thread % 32;
+    if (warp == kStorer) {
+      if constexpr (!kStateOnly) Storer<T, kN, kGate, kStages>{args, s, lane}.run();
+    } else if (warp >= kFirstDecays) {
+      Decays<T, kN, kGate, kStages, kStateOnly>(args, s, warp - kFirstDecays, lane).run();
+    } else {
+      Loader<T, kN, kGate, kStages, kStateOnly>{args, s, lane == 0, {}, {}}.run();
+    }
   } else if (role == kScorer) {
     ptx::setmaxnreg_dec<kScorerRegisters>();
     Scorer<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();
@@ -43,7 +54,7 @@ int run(const FusedScanArgs& args, int sm_count, void* stream) {
   LaunchShape at;
   at.grid = dim3(args.tasks < sm_count ? args.tasks : sm_count);
   at.threads = kThreads;
-  at.programmatic = true;  // blocks set up while chunk_cumsum ends
+  at.programmatic = true;  // blocks set up while the kernel before ends
   at.smem_bytes = sizeof(FusedScanSmem<T, kN, kGate, fused_scan_stages<T, kN, kGate>()>);
   at.tile = {kQ, kP, kN, fused_scan_stages<T, kN, kGate>()};
   return launch(fused_scan_kernel<T, kN, kGate, kStateOnly>, at, stream, args);
@@ -62,7 +73,21 @@ int run_n(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, v
                       : run_mode<T, 128>(args, gate, state_only, sm_count, stream);
 }
 
+__global__ void clear_words_kernel(int* words, int count) {
+  ptx::griddepcontrol_launch_dependents();
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads)
+    words[i] = 0;
+}
+
 }  // namespace
+
+int clear_words(int* words, int count, void* stream) {
+  const Range range("clear_words");
+  LaunchShape at;
+  at.grid = dim3(ceil_div(count, kThreads) < 32 ? ceil_div(count, kThreads) : 32);
+  at.threads = kThreads;
+  return launch(clear_words_kernel, at, stream, words, count);
+}
 
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
                void* stream) {

@@ -1,64 +1,73 @@
-// fused_scan (sm_90a): chunk_state, state_passing and chunk_scan in one kernel.
+// fused_scan (sm_90a): chunk_cumsum, chunk_state, state_passing and chunk_scan in one kernel.
 //
-//   y_i = 2^a_i S C_i + sum_{j <= i} 2^(a_i - a_j) delta_j (C_i . B_j) x_j + D x_i     (times silu(z_i))
-//   S   = 2^a_q S + sum_j 2^(a_q - a_j) delta_j x_j B_j^T                     chunk by chunk, q = 64
+//   y_i = 2^a_i S C_i + sum_{j <= i} 2^(a_i - a_j) delta_j (C_i . B_j) x_j + D x_i (o silu(z_i))
+//   S   = 2^a_q S + sum_j 2^(a_q - a_j) delta_j x_j B_j^T                   chunk by chunk, q = 64
 //
 // A unit is one head's block of 64 channels; a block of threads takes pairs of units of one group,
 // which share the tiles of B and C. Four warpgroups pass chunks along:
-//   loader   one thread: tickets, TMA into the ring of stages; one warp: decays of the tokens;
-//   scorer   C B^T once for the pair, then C B^T o L o delta of each unit, rounded, to shared memory;
-//   scanners one unit each: the state S (64 p, n) stays in fp32 accumulators; rounded, it is at once
-//            the A operand of S C^T, so nothing on the serial chain passes through shared memory.
+//   feeders  one warp: tasks, TMA into the ring of stages; two warps in turn: delta and the decays
+//            of the tokens; one warp: y to global memory;
+//   scorer   C B^T once for the pair, then C B^T o L o delta of each unit, rounded, to shared
+//            memory;
+//   scanners one unit each: the state S (64 p, n) stays in fp32 accumulators; rounded, it is at
+//            once the A operand of S C^T, so nothing on the serial chain passes through shared
+//            memory.
 // All products of a scanner are transposed, (p, tokens), so that x is an A operand of both sums and
-// D x and the gate are thread-local.
+// D x and the gate are thread-local. The instructions of all roles together have to stay in the
+// SM's cache: code is shared by units and warps rather than unrolled (docs/kernels.md).
 //
 // Work: tasks (pair, run of chunks), persistent blocks.
-//   tickets:  runs follow one another through a fp32 carry in global memory, in ticket order (a task
-//             waits only for one with a smaller ticket): exact, any cut gives the same bits.
-//   segments: runs start from known states: pass one (kStateOnly) computes what each run adds,
-//             segment_scan adds them up, pass two runs all of them at once.
+//   tickets:  runs follow one another through a fp32 carry in global memory, in ticket order (a
+//             task waits only for one with a smaller ticket): exact, any cut gives the same bits.
+//   segments: runs start from known states: pass one (kStateOnly) computes what each run adds, pass
+//             two adds up those before each run (many: segment_scan has done so) and runs all of
+//             them at once.
 // Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), two buffers of
 // weights and of y: 218 KB at n = 128. Registers: scorer 96, scanner 184.
-// Bound: tensor pipe, HBM and issue slots within 1.5x of each other; see docs/kernels.md.
+// Bound: tensor pipe, HBM, shared memory and issue slots within 1.5x of each other; see
+// docs/kernels.md.
 // Not supported: p not a multiple of 64, n not 64 or 128, 32-bit types.
 #pragma once
 #include "../tile/sm90.cuh"
 #include "chunks.cuh"
 #include "params.h"
+#include "steps.cuh"
 
 namespace mamba2::ssd::sm90 {
 
-constexpr int kQ = 64;      // tokens a chunk: M = 64 is what one wgmma covers
-constexpr int kP = 64;      // channels a unit
-constexpr int kUnits = 2;   // scanners; the registers of one SM hold no third
+constexpr int kQ = 64;       // tokens a chunk: M = 64 is what one wgmma covers
+constexpr int kP = 64;       // channels a unit
+constexpr int kUnits = 2;    // scanners; the registers of one SM hold no third
 constexpr int kBuffers = 2;  // of weights and of y
 constexpr int kMaxStages = 4;
+constexpr int kTaskSlots = 4;  // tasks that the loader may be ahead of the decays' warps
 constexpr int kThreads = (2 + kUnits) * tile::kWarpgroup;
-enum Role : int { kLoader = 0, kScorer = 1, kFirstScanner = 2 };
+enum Role : int { kFeeders = 0, kScorer = 1, kFirstScanner = 2 };
+enum Feeder : int { kLoader = 0, kFirstDecays = 1, kStorer = kFirstDecays + kBuffers };  // warps
 // What one SM has: 512 registers for the four threads, one of each role, together.
-constexpr int kLoaderRegisters = 48, kScorerRegisters = 96, kScannerRegisters = 184;
+constexpr int kFeederRegisters = 48, kScorerRegisters = 96, kScannerRegisters = 184;
 
 enum class Schedule : int { tickets, segments };
 
 struct FusedScanArgs {
   ptx::TensorMap x, B, C, z, y;  // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
   Chunking chunking;
-  int total_chunks;            // bound of the chunk index
-  int rows;                    // b, or packed sequences
+  int total_chunks;  // bound of the chunk index
+  int rows;          // b, or packed sequences
   int h, p, g, n;
-  const float* delta;          // (chunks, h, q)
-  const float* a_cumsum_log2;  // (chunks, h, q)
+  StepInputs steps;
   AnyFloat D;
   bool D_per_channel;
-  AnyFloat initial_states;     // (nseq, h, p, n)
-  float* final_states;         // (nseq, h, p, n), optional
-  StridedOut y_out;            // for ragged tails of packed sequences
+  AnyFloat initial_states;  // (nseq, h, p, n)
+  float* final_states;      // (nseq, h, p, n), optional
+  StridedOut y_out;         // for ragged tails of packed sequences
   Schedule schedule;
   int tasks, segment_chunks;
-  int* ticket;                 // (1)
-  int* flags;                  // (rows, units): segments of the row that are done
-  float* carry;                // tickets: (rows, units, 64 n); segments: (segments, units, 64 n)
-  float* through_log2;         // (segments, units): log2 of what a segment lets through
+  int* ticket;          // (1), or none: block i takes tasks i, i + blocks, ...
+  int* flags;           // (rows, units): segments of the row that are done
+  float* carry;         // tickets: (rows, units, 64 n); segments: (segments, units, 64 n)
+  bool carry_is_sum;    // segments: what enters the run, and not what the run adds
+  float* through_log2;  // (segments, units): log2 of what a segment lets through
 
   int p_blocks, units, units_per_group, pairs_per_group, pairs;  // set_units()
   void set_units() {
@@ -75,8 +84,7 @@ MAMBA2_DEVICE Unit unit_of(const FusedScanArgs& args, int pair, int half) {
   const int group = pair / args.pairs_per_group;
   const int k = pair % args.pairs_per_group * kUnits + half;
   const int index = group * args.units_per_group + k;
-  return {index, index / args.p_blocks, index % args.p_blocks, group,
-          k < args.units_per_group};
+  return {index, index / args.p_blocks, index % args.p_blocks, group, k < args.units_per_group};
 }
 
 struct Task {
@@ -94,6 +102,23 @@ MAMBA2_DEVICE Task task_of(const FusedScanArgs& args, int ticket) {
   const int end = args.chunking.first(row) + args.chunking.count(row);
   return {pair, row, segment, begin, min(begin + args.segment_chunks, end)};
 }
+
+// The chunks of tasks one after another, for the warps that run ahead of the others.
+struct Walk {
+  Task task;
+  int i;
+  Chunk chunk;  // i_seq < 0: the task has no more
+  MAMBA2_DEVICE void begin(const FusedScanArgs& args, int ticket) {
+    task = task_of(args, ticket);
+    i = task.begin;
+    chunk = i < task.end ? args.chunking.at(i) : Chunk{-1};
+  }
+  MAMBA2_DEVICE bool exists() const { return chunk.i_seq >= 0; }
+  MAMBA2_DEVICE Chunk following(const FusedScanArgs& args, int n = 1) const {
+    return i + n < task.end ? args.chunking.after(chunk, i, n) : Chunk{-1};
+  }
+  MAMBA2_DEVICE void go_to(const Chunk& following, int n = 1) { chunk = following, i += n; }
+};
 
 // What a stage holds, written by the loader beside the tiles.
 enum StageFlag : int {
@@ -114,17 +139,32 @@ struct alignas(1024) Stage {
   T C[kQ * kN];
   T x[kUnits][kQ * kP];
   T z[kUnits][kGate ? kQ * kP : 8];  // (8: not used)
-  float a_log2[kUnits][kQ];
-  float delta[kUnits][kQ];
 };
 
-// What the scorer hands to the scanners.
+// A value of every token in the order in which a scanner's lane wants them, four in one load: those
+// of its columns 8 k + 2 (lane % 4) + {0, 1} lie together. (Four floats of padding: the four kinds
+// of lanes read different banks.)
+struct alignas(16) TokenValues {
+  float values[4][kQ / 4 + 4];
+  MAMBA2_DEVICE float2& pair(int i) {  // of tokens 2 i and 2 i + 1
+    return *reinterpret_cast<float2*>(&values[i & 3][(i >> 2) * 2]);
+  }
+  MAMBA2_DEVICE float last() const { return values[3][kQ / 4 - 1]; }
+  // Of columns 16 step + {0, 1} and {8, 9} + 2 (lane % 4).
+  MAMBA2_DEVICE float4 of_lane(int lane, int step) const {
+    return *reinterpret_cast<const float4*>(&values[lane % 4][4 * step]);
+  }
+};
+
+// What the decays' warps and the scorer hand to the scanners.
 template <class T>
 struct alignas(1024) Weights {
-  T scores[kUnits][kQ * kQ];        // C B^T o L o delta, [i][j]
-  float row_decay[kUnits][kQ];      // 2^a_i
-  float input_weight[kUnits][kQ];   // 2^(a_q - a_j) delta_j
-  float column_weight[kUnits][kQ];  // 2^(a_e - a_j) delta_j, e the end of j's block of 16
+  T scores[kUnits][kQ * kQ];  // C B^T o L o delta, [i][j]
+  float a_log2[kUnits][kQ];   // log2 decay from the chunk's start to behind the token
+  float delta[kUnits][kQ];
+  float column_weight[kUnits][kQ];   // 2^(a_e - a_j) delta_j, e the end of j's block of 16
+  TokenValues row_decay[kUnits];     // 2^a_i
+  TokenValues input_weight[kUnits];  // 2^(a_q - a_j) delta_j
 };
 
 template <class T, int kN, bool kGate, int kStages>
@@ -133,9 +173,12 @@ struct alignas(1024) FusedScanSmem {
   Weights<T> weights[kBuffers];
   T y[kBuffers][kUnits][kQ * kP];  // [token][p]
   StageInfo info[kStages];
+  int tickets[kTaskSlots];  // of tasks, from the loader to the decays' warps
+  tile::Ring<kTaskSlots> tickets_ring;
   tile::Ring<kStages> ring;
   tile::Ring<kBuffers> weights_ring;
   tile::Ring<kBuffers> decays_ring;  // their decays alone, for the scorer
+  tile::Ring<kBuffers> y_ring[kUnits];
 };
 
 // As many stages as 227 KB hold.

@@ -8,6 +8,9 @@ namespace mamba2::ssd::sm90 {
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
                void* stream);
 
+// Sets tickets and flags to 0 before a fused_scan that has some.
+int clear_words(int* words, int count, void* stream);
+
 // From what each segment adds to what enters it, in place: carry (segments, units, 64 n).
 int segment_scan(float* carry, const float* through_log2, int segments, int units, int n,
                  void* stream);

@@ -26,20 +26,13 @@ int zero_beyond_last_chunk(const Chunking& chunking, const Shape& shape, void* k
                            int64_t chunk_bytes, void* stream);
 
 // ---- chunk_cumsum.cu ----
-// Words of a later kernel of the same call that must start at 0 (its tickets and flags): cleared on
-// the way, which saves a launch.
-struct WordsToClear {
-  int* words = nullptr;
-  int count = 0;
-};
 constexpr int kDecayRun = 16;  // tokens
 // q of `chunking` is 64, 128 or 256. a_rest_log2 (chunks, h, q), optional: what a_cumsum_log2 loses
 // by being fp32, so that differences of both together are exact to fp32. q of 128 and 256 alone.
 // a_run_log2 (chunks, h, q), optional: the same sums, counted anew from the first token of each
 // kDecayRun.
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream, const WordsToClear& clear = {}, float* a_rest_log2 = nullptr,
-                 float* a_run_log2 = nullptr);
+                 void* stream, float* a_rest_log2 = nullptr, float* a_run_log2 = nullptr);
 
 namespace sm80 {
 

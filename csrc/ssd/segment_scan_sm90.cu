@@ -19,6 +19,8 @@ MAMBA2_DEVICE float4 scaled_sum(float w, float4 a, float4 b) {
 __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 4)
     segment_scan_kernel(float* carry, const float* through_log2, int segments, int units,
                         int elements) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const int unit = blockIdx.y;
   const int64_t stride = int64_t(units) * elements;
   float* at = carry + int64_t(unit) * elements + (blockIdx.x * kScanThreads + threadIdx.x) * 4;
@@ -28,7 +30,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 4)
     float through[kAhead];
     MAMBA2_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      const int k = k0 + i < segments ? k0 + i : segments - 1;
+      const int k = k0 + i < segments - 1 ? k0 + i : segments - 2;  // nothing follows the last one
       added[i] = *reinterpret_cast<const float4*>(at + k * stride);
       through[i] = through_log2[int64_t(k) * units + unit];
     }
@@ -70,6 +72,7 @@ int segment_scan(float* carry, const float* through_log2, int segments, int unit
   const int elements = kP * n;
   at.grid = dim3(elements / 4 / kScanThreads, units);
   at.threads = kScanThreads;
+  at.programmatic = true;
   return launch(segment_scan_kernel, at, stream, carry, through_log2, segments, units, elements);
 }
 

@@ -81,7 +81,7 @@ struct Backward {
     if (int error = make_chunking(in, q, memory.chunk_table, &problem.chunking, stream))
       return error;
     if (int error = chunk_cumsum(in, problem.chunking, memory.delta, memory.a_cumsum_log2, stream,
-                                 {}, memory.a_rest_log2))
+                                 memory.a_rest_log2))
       return error;
     if (params.chunk_states) return 0;
     return chunk_state(in, problem.chunking, memory.delta, memory.a_cumsum_log2, memory.S, nullptr,

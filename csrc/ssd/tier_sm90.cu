@@ -1,4 +1,4 @@
-// Tier sm90, forward: chunk_cumsum, then fused_scan in one or two passes.
+// Tier sm90, forward: fused_scan in one or two passes.
 #include "../core/tensor_map.h"
 #include "../core/workspace.h"
 #include "fused_scan_sm90.h"
@@ -10,29 +10,31 @@
 namespace mamba2::ssd::sm90 {
 namespace {
 
+// So few segments are added up by whoever needs the sum; more are worth a kernel of their own.
+constexpr int kFewSegments = 5;
+
 // Device memory of a forward, and how its work is cut.
 struct Layout {
-  int units, segments, tasks, flags;
+  int units, segments, tasks;
+  int word_count;  // of tickets and flags; 0: no task waits for another
   void* chunking;
-  float *delta, *a_cumsum_log2;  // (chunks, h, q)
-  int* words;                    // tickets of two passes, then flags
-  float* carry;                  // (slots, units, 64 n)
-  float* through_log2;           // (segments, units)
+  int* words;           // the ticket, then flags
+  float* carry;         // (slots, units, 64 n)
+  float* through_log2;  // (segments, units)
 
   Layout(const Shape& shape, const Plan& plan, Workspace& memory) {
     const bool tickets = plan.variant == kTickets;
     const int64_t chunks = shape.chunks(kQ), rows = shape.nseq;
     const int64_t row_chunks = shape.packed ? chunks : chunks / (rows > 0 ? rows : 1);
     const int64_t in_row = ceil_div(tickets ? row_chunks : chunks, int64_t(plan.segment_chunks));
-    const int64_t slots = tickets ? (in_row > 1 ? rows : 0) : in_row;
+    const bool chained = tickets && in_row > 1;
+    const int64_t slots = tickets ? (chained ? rows : 0) : in_row;
     units = shape.h * (shape.p / kP);
     segments = int(in_row);
     tasks = int((tickets ? rows : 1) * shape.g * ceil_div(units / shape.g, kUnits) * in_row);
-    flags = int(rows * units);
+    word_count = chained ? int(1 + rows * units) : 0;
     chunking = memory.take(chunking_bytes(shape, kQ));
-    delta = memory.take_array<float>(chunks * shape.h * kQ);
-    a_cumsum_log2 = memory.take_array<float>(chunks * shape.h * kQ);
-    words = memory.take_array<int>(2 + flags);
+    words = memory.take_array<int>(word_count);
     carry = memory.take_array<float>(slots * units * kP * shape.n);
     through_log2 = memory.take_array<float>(tickets ? 0 : in_row * units);
   }
@@ -86,27 +88,33 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
 
   FusedScanArgs args{};
   if (int e = make_chunking(in, kQ, at.chunking, &args.chunking, stream)) return e;
-  const WordsToClear words{at.words, 2 + at.flags};
-  if (int e = chunk_cumsum(in, args.chunking, at.delta, at.a_cumsum_log2, stream, words)) return e;
   if (int e = make_maps(params, &args)) return e;
   args.total_chunks = int(shape.chunks(kQ));
   args.rows = int(shape.nseq);
   args.h = shape.h, args.p = shape.p, args.g = shape.g, args.n = shape.n;
   args.set_units();
-  args.delta = at.delta, args.a_cumsum_log2 = at.a_cumsum_log2;
+  args.steps = step_inputs(in);
   args.D = in.D, args.D_per_channel = in.D_per_channel;
   args.initial_states = in.initial_states;
   args.y_out = params.y;
   args.schedule = tickets ? Schedule::tickets : Schedule::segments;
   args.tasks = at.tasks, args.segment_chunks = plan.segment_chunks;
-  args.ticket = at.words, args.flags = at.words + 2;
   args.carry = at.carry, args.through_log2 = at.through_log2;
 
-  if (!tickets) {
+  if (at.word_count > 0) {
+    if (int e = clear_words(at.words, at.word_count, stream)) return e;
+    args.ticket = at.words, args.flags = at.words + 1;
+  }
+  if (!tickets && at.segments > 1) {
+    args.tasks = at.tasks / at.segments * (at.segments - 1);  // nothing follows the last one
     if (int e = fused_scan(args, in.dtype, gate, true, device.sm_count, stream)) return e;
-    if (int e = segment_scan(args.carry, args.through_log2, at.segments, at.units, shape.n, stream))
-      return e;
-    args.ticket = at.words + 1;
+    args.tasks = at.tasks;
+    args.carry_is_sum = at.segments > kFewSegments;
+    if (args.carry_is_sum) {
+      if (int e =
+              segment_scan(args.carry, args.through_log2, at.segments, at.units, shape.n, stream))
+        return e;
+    }
   }
   args.final_states = static_cast<float*>(params.final_states);
   if (int e = fused_scan(args, in.dtype, gate, state_only, device.sm_count, stream)) return e;

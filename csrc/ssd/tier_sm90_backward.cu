@@ -146,7 +146,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
     return error;
   }
   if (const int error = chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream,
-                                     {}, nullptr, memory.a_run_log2)) {
+                                     nullptr, memory.a_run_log2)) {
     return error;
   }
   if (const int error = state_sweeps(args, in.dtype, stream)) return error;

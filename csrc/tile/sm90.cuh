@@ -115,6 +115,17 @@ MAMBA2_DEVICE void store_transposed(void* panel, const float (&d)[N / 2], const 
                            pack2<T>(e[2], e[3]), pack2<T>(e[4], e[5]), pack2<T>(e[6], e[7]));
   }
 }
+// The inverse: A fragments (m, k) into a panel as their transpose [k][m].
+template <int kSteps>
+MAMBA2_DEVICE void store_fragments_transposed(void* panel, const uint32_t (&a)[4 * kSteps],
+                                              const Lane& me) {
+  const int k = (me.lane & 7) + ((me.lane >> 4) & 1) * 8;
+  const int m = 16 * me.warp + ((me.lane >> 3) & 1) * 8;
+  MAMBA2_UNROLL
+  for (int s = 0; s < kSteps; ++s)
+    ptx::stmatrix_x4_trans(panel_address(panel, 16 * s + k, m), a[4 * s], a[4 * s + 1],
+                           a[4 * s + 2], a[4 * s + 3]);
+}
 // A panel holds a tile [m][k] (k contiguous): its A fragments.
 template <int kSteps>
 MAMBA2_DEVICE void load_fragments(uint32_t (&a)[4 * kSteps], const void* panel, const Lane& me) {

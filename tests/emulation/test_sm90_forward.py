@@ -23,6 +23,10 @@ CASES = {
     "packed": dict(cu_seqlens=(0, 3, 3, 70, 130, 150), initial_states="working", seed=7),
     "packed, tokens outside": dict(cu_seqlens=(5, 70, 71, 140), z=True, seed=8),
     "resets": dict(seq_idx=True, initial_states="working", seed=9),
+    "dt fp32, limits, no softplus": dict(
+        dt_dtype=torch.float32, dt_softplus=False, dt_limit=(0.05, 0.12), l=70, seed=13
+    ),
+    "dt fp64": dict(dt_dtype=torch.float64, l=70, seed=14),
     "strong decay": dict(decay="strong", l=70, seed=10),
     "sliced": dict(sliced=True, l=70, seed=11),
 }
@@ -33,3 +37,9 @@ CASES = {
 def test_forward(emulated, name, plan):
     emulated.schedule(seed=len(name), timing=("random", "late", "early")[len(name) % 3], sms=3)
     check(run_ops(emulated.ops, plan=plan), dataclasses.replace(BASE, **CASES[name]))
+
+
+def test_many_segments(emulated):
+    """More than pass two adds up by itself: segment_scan does."""
+    emulated.schedule(seed=3, timing="random", sms=16)
+    check(run_ops(emulated.ops, plan=SEGMENTS), dataclasses.replace(BASE, l=1000, seed=12))
