@@ -10,6 +10,11 @@ namespace mamba2::causal_conv1d {
 struct Place {
   int i_seq;  // -1: the token is of no sequence
   int begin, end;
+
+  // Of token t: the `count` tokens from t on are of one sequence, and so are the `before` before t.
+  MAMBA2_DEVICE bool holds(int t, int before, int count) const {
+    return i_seq >= 0 && begin <= t - before && t + count <= end;
+  }
 };
 
 // How to find places. Passed by value to kernels.
@@ -37,27 +42,16 @@ template <class U, int kWidth, int kVec>
 struct Taps {
   U weight[kWidth][kVec], bias[kVec];
 
-  template <class From>
-  MAMBA2_DEVICE void load_as(const AnyFloat& g_weight, int64_t i_d) {
-    const From* from = static_cast<const From*>(g_weight.ptr) + i_d * kWidth;
+  MAMBA2_DEVICE void load(const AnyFloat& g_weight, const AnyFloat& g_bias, int64_t i_d) {
+    U of_channel[kVec * kWidth];
+    load_any(g_weight, i_d * kWidth, of_channel);
     MAMBA2_UNROLL
     for (int c = 0; c < kVec; ++c) {
+      bias[c] = 0;
       MAMBA2_UNROLL
-      for (int k = 0; k < kWidth; ++k) weight[k][c] = convert<U>(from[c * kWidth + k]);
+      for (int k = 0; k < kWidth; ++k) weight[k][c] = of_channel[c * kWidth + k];
     }
-  }
-  MAMBA2_DEVICE void load(const AnyFloat& g_weight, const AnyFloat& g_bias, int64_t i_d) {
-    if (g_weight.dtype == DType::f32) {
-      load_as<float>(g_weight, i_d);
-    } else if (g_weight.dtype == DType::bf16) {
-      load_as<bf16>(g_weight, i_d);
-    } else if (g_weight.dtype == DType::f16) {
-      load_as<f16>(g_weight, i_d);
-    } else {
-      load_as<double>(g_weight, i_d);
-    }
-    MAMBA2_UNROLL
-    for (int c = 0; c < kVec; ++c) bias[c] = g_bias ? mamba2::load<U>(g_bias, i_d + c) : U(0);
+    if (g_bias) load_any(g_bias, i_d, bias);
   }
 };
 
@@ -101,7 +95,55 @@ struct Window {
   }
 };
 
-// Channels a thread takes: 16 bytes of them where every row begins at a multiple of 16 bytes.
+// ---- who has what: a warp takes 32 kVec channels and a run of tokens of a row ----
+constexpr int kWarps = 4, kRunThreads = 32 * kWarps;  // of a block: neighbouring runs
+constexpr int kBatch = 8;                             // tokens whose loads are in flight together
+constexpr int kSms = 132;  // of an H100 or H200, whatever the card: results must not depend on it
+
+// Tokens of a run: so many that `blocks_per_sm` blocks on every SM do all the work at once.
+inline int run_length(const Shape& shape, int channels, int blocks_per_sm) {
+  const int64_t warps = int64_t(kSms) * blocks_per_sm * kWarps;
+  const int64_t runs = warps / (shape.b * ceil_div(shape.d, 32 * channels));  // of a row
+  const int64_t run = round_up(ceil_div(shape.l, runs > 0 ? runs : 1), kBatch);
+  return static_cast<int>(run);
+}
+inline int64_t run_blocks(const Shape& shape, int run) {
+  return ceil_div(shape.b * ceil_div(shape.l, run), kWarps);
+}
+
+struct RunOfWarp {
+  int block, tile;  // of runs, and of channels
+  int i_d;          // the thread's first channel
+  int row, first, last;
+
+  MAMBA2_DEVICE RunOfWarp(const Shape& shape, int channels, int run) {
+    const int tiles = ceil_div(shape.d, 32 * channels), l = static_cast<int>(shape.l);
+    const int runs_of_row = ceil_div(l, run);
+    tile = static_cast<int>(blockIdx.x) % tiles;
+    block = static_cast<int>(blockIdx.x) / tiles;
+    i_d = (tile * 32 + static_cast<int>(threadIdx.x) % 32) * channels;
+    const int i_run = block * kWarps + static_cast<int>(threadIdx.x) / 32;
+    row = i_run / runs_of_row;
+    first = i_run % runs_of_row * run;
+    last = first + run < l ? first + run : l;
+    if (row >= shape.b || i_d >= shape.d) last = first;  // nothing
+  }
+};
+
+// Neighbouring tokens, `stride` elements apart.
+template <class T, int kVec>
+struct Batch {
+  Packed<T, kVec> token[kBatch];
+
+  MAMBA2_DEVICE void load(const T* from, int64_t stride) {
+    MAMBA2_UNROLL
+    for (int j = 0; j < kBatch; ++j, from += stride) token[j].load(from);
+  }
+};
+
+// Four channels a thread where every row begins at a multiple of 16 bytes: with more, the taps and
+// sums of a thread leave no registers for loads in flight.
+constexpr int kChannels = 4;
 inline bool in_vectors(int d, DType dtype) {
   return dtype != DType::f64 && int64_t(d) * int64_t(size_of(dtype)) % kVectorBytes == 0;
 }
@@ -109,10 +151,9 @@ inline bool in_vectors(int d, DType dtype) {
 // f(TypeTag<T>{}, width, channels) with compile-time width and channels of a thread.
 template <class T, class F>
 int with_width(int w, bool vectors, F f) {
-  constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
   const auto run = [&](auto width) {
     if constexpr (sizeof(T) < 8) {
-      if (vectors) return f(TypeTag<T>{}, width, std::integral_constant<int, kVec>{});
+      if (vectors) return f(TypeTag<T>{}, width, std::integral_constant<int, kChannels>{});
     }
     return f(TypeTag<T>{}, width, std::integral_constant<int, 1>{});
   };

@@ -2,12 +2,14 @@
 //   dx_t = sum_j weight_{w-1-j} g_{t+j}   over the tokens t .. t + w - 1 of the same sequence
 //   dweight_k = sum_t g_t x_{t-w+1+k},    dbias = sum_t g_t
 //
-// A thread takes 16 bytes of channels and a run of tokens, forwards: v_t is formed again from the
-// window, g_t joins the w - 1 unfinished dx before it, and the oldest of them is written. The w - 1
-// tokens after the run are read for what they give to its last dx. Sums over tokens: the thread's
-// in registers, the block's warps in order through shared memory, the blocks' by sum_parts. Grid:
-// (32 vectors of channels, kWarps runs of a row). Shared: kWarps x 32 x channels x (w + 1). Bound
-// by memory: x and dy once, dx once; the parts are below 2% of that.
+// A warp takes 128 neighbouring channels and a run of tokens, forwards, a thread 4 of the channels:
+// v_t is formed again from the window, g_t joins the w - 1 unfinished dx before it, and the oldest
+// of them is written. The w - 1 tokens after the run are read for what they give to its last dx.
+// The loads of kBatch tokens are in flight together; a batch inside one sequence looks at nothing
+// but its inputs. Sums over tokens: the thread's in registers, the block's warps in order through
+// shared memory, the blocks' by sum_parts.
+// Grid: (tiles of channels, the fastest, times kWarps runs). Shared: kWarps x 128 x (w + 1).
+// Bound by memory: x and dy once, dx once; the parts are below 1% of that.
 #include "../core/activations.cuh"
 #include "../core/launch.h"
 #include "../core/sum_parts.h"
@@ -16,9 +18,7 @@
 namespace mamba2::causal_conv1d {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kBatch = 4;
-constexpr int kRun = 61;  // with the 3 tokens after it, a whole number of batches
+constexpr int kBlocksPerSm = 4;  // 128 registers a thread
 
 template <class U, int kWidth, int kVec>
 struct WeightSums {
@@ -59,7 +59,7 @@ MAMBA2_DEVICE void store_parts(const WeightSums<U, kWidth, kVec>& sums, U* g_par
     mine[kChannels * kWidth + lane * kVec + c] = sums.bias[c];
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kPerWarp; i += kThreads) {
+  for (int i = threadIdx.x; i < kPerWarp; i += kRunThreads) {
     U sum = s_sums[i];
     for (int w = 1; w < kWarps; ++w) sum += s_sums[w * kPerWarp + i];
     const bool of_bias = i >= kChannels * kWidth;
@@ -69,17 +69,33 @@ MAMBA2_DEVICE void store_parts(const WeightSums<U, kWidth, kVec>& sums, U* g_par
   }
 }
 
-// What g gives to the last kWidth dx, but for the oldest `missing`.
+// dx of the last kWidth - 1 tokens, the oldest first: later tokens still add to them.
 template <class U, int kWidth, int kVec>
-MAMBA2_DEVICE void add_gradient(const Taps<U, kWidth, kVec>& taps, const U (&g)[kVec],
-                                U (&unfinished)[kWidth][kVec], int missing) {
-  MAMBA2_UNROLL
-  for (int k = 0; k < kWidth; ++k) {
-    if (k < missing) continue;
+struct Unfinished {
+  U dx[kWidth - 1][kVec];
+
+  MAMBA2_DEVICE void zero() {
     MAMBA2_UNROLL
-    for (int c = 0; c < kVec; ++c) unfinished[k][c] += taps.weight[k][c] * g[c];
+    for (auto& of_token : dx) {
+      MAMBA2_UNROLL
+      for (U& v : of_token) v = 0;
+    }
   }
-}
+  // Adds what the next token's g gives, but not to the oldest `missing`; returns the oldest dx,
+  // which is finished.
+  MAMBA2_DEVICE void add(const Taps<U, kWidth, kVec>& taps, const U (&g)[kVec], int missing,
+                         U (&finished)[kVec]) {
+    MAMBA2_UNROLL
+    for (int c = 0; c < kVec; ++c) {
+      finished[c] = dx[0][c] + (missing > 0 ? U(0) : taps.weight[0][c] * g[c]);
+      MAMBA2_UNROLL
+      for (int k = 1; k < kWidth; ++k) {
+        const U before = k + 1 < kWidth ? dx[k + 1 < kWidth ? k : 0][c] : U(0);
+        dx[k - 1][c] = before + (missing > k ? U(0) : taps.weight[k][c] * g[c]);
+      }
+    }
+  }
+};
 
 // What the final states give to the input at token t.
 template <class T, class U, int kWidth, int kVec>
@@ -96,88 +112,84 @@ MAMBA2_DEVICE void add_final_state(const BackwardParams& params, const Place& pl
 }
 
 template <class T, int kWidth, int kVec>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
-    conv_backward(MAMBA2_GRID_CONSTANT const BackwardParams params, const Places places,
+__global__ void MAMBA2_LAUNCH_BOUNDS(kRunThreads, kBlocksPerSm)
+    conv_backward(MAMBA2_GRID_CONSTANT const BackwardParams params, const Places places, int run,
                   void* parts) {
   using U = accumulator_t<T>;
+  using Vector = Packed<T, kVec>;
+  constexpr int kBefore = kWidth - 1;
   const Inputs& in = params.in;
-  const int l = static_cast<int>(in.shape.l), blocks_per_row = ceil_div(l, kRun * kWarps);
-  const int tiles = ceil_div(in.shape.d, 32 * kVec), tile = blockIdx.x % tiles;
-  const int i_part = blockIdx.x / tiles, row = i_part / blocks_per_row;
-  const int run = i_part % blocks_per_row * kWarps + threadIdx.x / 32;
-  const int i_d = (tile * 32 + threadIdx.x % 32) * kVec;
-  const int first = run * kRun, last = first + kRun < l ? first + kRun : l;
-  const int through = last + kWidth - 1 < l ? last + kWidth - 1 : l;  // tokens that are read
-
+  const RunOfWarp at(in.shape, kVec, run);
+  const int l = static_cast<int>(in.shape.l);
   WeightSums<U, kWidth, kVec> sums;
   sums.zero();
-  if (i_d < in.shape.d && first < l) {
-    const T* g_x = static_cast<const T*>(in.x.ptr) + row * in.x.b + i_d;
-    const T* g_dy = static_cast<const T*>(params.dy.ptr) + row * params.dy.b + i_d;
-    T* g_dx = static_cast<T*>(params.dx.ptr) + row * params.dx.b + i_d;
+  if (at.first < at.last) {
+    const T* g_x = static_cast<const T*>(in.x.ptr) + at.row * in.x.b + at.i_d;
+    const T* g_dy = static_cast<const T*>(params.dy.ptr) + at.row * params.dy.b + at.i_d;
+    T* g_dx = static_cast<T*>(params.dx.ptr) + at.row * params.dx.b + at.i_d;
     Taps<U, kWidth, kVec> taps;
-    taps.load(in.weight, in.bias, i_d);
+    taps.load(in.weight, in.bias, at.i_d);
     Window<U, kWidth, kVec> window;
-    window.start(in, g_x, first, places.at(row, first), i_d);
-    U unfinished[kWidth][kVec];  // dx of the tokens t - w + 1 .. t
-    MAMBA2_UNROLL
-    for (int k = 0; k < kWidth; ++k) {
-      MAMBA2_UNROLL
-      for (int c = 0; c < kVec; ++c) unfinished[k][c] = 0;
-    }
-    MAMBA2_NO_UNROLL
-    for (int begin = first; begin < last + kWidth - 1; begin += kBatch) {
-      Packed<T, kVec> packed_x[kBatch], packed_dy[kBatch];
-      MAMBA2_UNROLL
-      for (int j = 0; j < kBatch; ++j) {
-        packed_x[j].zero();
-        packed_dy[j].zero();
-        if (begin + j < through) {
-          packed_x[j].load(g_x + (begin + j) * in.x.l);
-          packed_dy[j].load(g_dy + (begin + j) * params.dy.l);
-        }
-      }
-      MAMBA2_UNROLL
-      for (int j = 0; j < kBatch; ++j) {
-        const int t = begin + j, finished = t - (kWidth - 1);
-        const Place place = t < l ? places.at(row, t) : Place{-1, 0, 0};
-        if (places.table && t == place.begin) window.start(in, g_x, t, place, i_d);
-        U x[kVec], g[kVec];
-        packed_x[j].unpack(x);
-        packed_dy[j].unpack(g);
-        if (place.i_seq < 0) {
-          MAMBA2_UNROLL
-          for (int c = 0; c < kVec; ++c) x[c] = g[c] = 0;
-        } else if (in.silu) {
-          MAMBA2_UNROLL
-          for (int c = 0; c < kVec; ++c) {
-            g[c] *= fast::silu_gradient(window.convolve(taps, x[c], c));
-          }
-        }
-        if (t < last && place.i_seq >= 0) sums.add(window, x, g);
-        window.push(x);
-        if (!places.table || finished >= place.begin) {
-          add_gradient<U, kWidth, kVec>(taps, g, unfinished, 0);
-        } else {  // none reaches a token of another sequence
-          add_gradient<U, kWidth, kVec>(taps, g, unfinished, place.begin - finished);
-        }
-        if (finished >= first && finished < last) {
-          add_final_state<T, U, kWidth>(params, places.at(row, finished), finished, i_d,
-                                        unfinished[0]);
-          store_vector(g_dx + finished * params.dx.l, unfinished[0]);
-        }
+    window.start(in, g_x, at.first, places.at(at.row, at.first), at.i_d);
+    Unfinished<U, kWidth, kVec> unfinished;
+    unfinished.zero();
+
+    // The token after the window: its sums, and dx of the token kBefore before it.
+    const auto token = [&](const Vector& packed_x, const Vector& packed_dy, bool own, int missing,
+                           U(&dx)[kVec]) {
+      U x[kVec], g[kVec];
+      packed_x.unpack(x);
+      packed_dy.unpack(g);
+      if (in.silu) {
         MAMBA2_UNROLL
-        for (int k = 0; k < kWidth; ++k) {
-          MAMBA2_UNROLL
-          for (int c = 0; c < kVec; ++c) {
-            unfinished[k][c] = k + 1 < kWidth ? unfinished[k + 1 < kWidth ? k + 1 : 0][c] : U(0);
-          }
-        }
+        for (int c = 0; c < kVec; ++c) g[c] *= fast::silu_gradient(window.convolve(taps, x[c], c));
       }
+      if (own) sums.add(window, x, g);
+      unfinished.add(taps, g, missing, dx);
+      window.push(x);
+    };
+    // A token anywhere: at a sequence's ends, of no sequence, after the run or after the row.
+    const auto checked_token = [&](int t) {
+      const Place place = t < l ? places.at(at.row, t) : Place{-1, 0, 0};
+      const int finished = t - kBefore;
+      Vector packed_x, packed_dy;
+      packed_x.zero();
+      packed_dy.zero();
+      if (place.i_seq >= 0) {
+        packed_x.load(g_x + t * in.x.l);
+        packed_dy.load(g_dy + t * params.dy.l);
+      }
+      if (place.i_seq < 0 || (places.table && t == place.begin)) {
+        window.start(in, g_x, t, place, at.i_d);
+      }
+      const int missing = places.table ? place.begin - finished : 0;
+      U dx[kVec];
+      token(packed_x, packed_dy, t < at.last, missing, dx);
+      if (finished < at.first || finished >= at.last) return;
+      add_final_state<T, U, kWidth>(params, places.at(at.row, finished), finished, at.i_d, dx);
+      store_vector(g_dx + finished * params.dx.l, dx);
+    };
+    MAMBA2_NO_UNROLL
+    for (int begin = at.first; begin < at.last + kBefore; begin += kBatch) {
+      if (begin + kBatch <= at.last && places.at(at.row, begin).holds(begin, kBefore, kBatch)) {
+        Batch<T, kVec> x, dy;
+        x.load(g_x + begin * in.x.l, in.x.l);
+        dy.load(g_dy + begin * params.dy.l, params.dy.l);
+        T* g_dx_t = g_dx + (begin - kBefore) * params.dx.l;
+        MAMBA2_UNROLL
+        for (int j = 0; j < kBatch; ++j, g_dx_t += params.dx.l) {
+          U dx[kVec];
+          token(x.token[j], dy.token[j], true, 0, dx);
+          if (j >= kBefore || begin > at.first) store_vector(g_dx_t, dx);
+        }
+        continue;
+      }
+      MAMBA2_NO_UNROLL
+      for (int t = begin; t < begin + kBatch && t < at.last + kBefore; ++t) checked_token(t);
     }
   }
-  U* part = static_cast<U*>(parts) + int64_t(i_part) * in.shape.d * (kWidth + 1);
-  store_parts<U, kWidth, kVec>(sums, part, tile, in.shape.d);
+  U* part = static_cast<U*>(parts) + int64_t(at.block) * in.shape.d * (kWidth + 1);
+  store_parts<U, kWidth, kVec>(sums, part, at.tile, in.shape.d);
 }
 
 // d_initial_states: what the first w - 1 tokens of a sequence, and the final states of one that is
@@ -223,19 +235,29 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(128, 4)
   for (int k = 0; k < kBefore; ++k) out[int64_t(k) * in.shape.d] = convert<T>(dx[k][0]);
 }
 
-int64_t parts_of(const Shape& shape) { return shape.b * ceil_div(shape.l, kRun * kWarps); }
+int channels_of(const Shape& shape, DType dtype) {
+  return in_vectors(shape.d, dtype) ? kChannels : 1;
+}
+int run_of(const Shape& shape, DType dtype) {
+  return run_length(shape, channels_of(shape, dtype), kBlocksPerSm);
+}
+int64_t parts_of(const Shape& shape, DType dtype) {
+  return run_blocks(shape, run_of(shape, dtype));
+}
 std::size_t aligned(std::size_t bytes) { return round_up(bytes, std::size_t(1024)); }
 
 template <class T>
 int run_backward(const BackwardParams& params, const Places& places, void* parts, void* stream) {
   const Shape& shape = params.in.shape;
-  const bool vectors = in_vectors(shape.d, params.in.dtype);
+  const bool vectors = channels_of(shape, params.in.dtype) > 1;
   int error = with_width<T>(shape.w, vectors, [&](auto, auto width, auto channels) {
     LaunchShape at;
-    at.grid = dim3(static_cast<unsigned>(parts_of(shape) * ceil_div(shape.d, 32 * channels())));
-    at.threads = kThreads;
-    at.smem_bytes = sizeof(accumulator_t<T>) * kThreads * channels() * (width() + 1);
-    return launch(conv_backward<T, width(), channels()>, at, stream, params, places, parts);
+    const int64_t tiles = ceil_div(shape.d, 32 * channels());
+    const int run = run_of(shape, params.in.dtype);
+    at.grid = dim3(static_cast<unsigned>(run_blocks(shape, run) * tiles));
+    at.threads = kRunThreads;
+    at.smem_bytes = sizeof(accumulator_t<T>) * kRunThreads * channels() * (width() + 1);
+    return launch(conv_backward<T, width(), channels()>, at, stream, params, places, run, parts);
   });
   if (error || !params.d_initial_states) return error;
   return with_width<T>(shape.w, false, [&](auto, auto width, auto) {
@@ -250,7 +272,7 @@ int run_backward(const BackwardParams& params, const Places& places, void* parts
 
 std::size_t backward_workspace_bytes(const Shape& shape, DType dtype) {
   const std::size_t element = dtype == DType::f64 ? 8 : 4;
-  return aligned(places_bytes(shape)) + element * parts_of(shape) * shape.d * (shape.w + 1);
+  return aligned(places_bytes(shape)) + element * parts_of(shape, dtype) * shape.d * (shape.w + 1);
 }
 
 int backward(const BackwardParams& params, void* workspace, void* stream) {
@@ -264,7 +286,7 @@ int backward(const BackwardParams& params, void* workspace, void* stream) {
   if (error) return error;
   SumPartsParams sum;
   sum.parts = parts;
-  sum.count = parts_of(shape);
+  sum.count = parts_of(shape, params.in.dtype);
   sum.numel = int64_t(shape.d) * (shape.w + 1);
   sum.split = int64_t(shape.d) * shape.w;
   sum.first = params.dweight;

@@ -14,6 +14,10 @@ SMALL = {k: v for k, v in CASES.items() if k != "bf16"} | {
         b=1, l=70, d=264, dtype=torch.bfloat16, weight_dtype=torch.float32, sliced=True
     ),
     "two parts": Conv(b=2, l=250, d=8, dtype=torch.bfloat16),
+    "runs of several batches": Conv(b=64, l=530, d=8, dtype=torch.bfloat16, silu=False),
+    "packed, runs of several batches": Conv(
+        b=1, l=700, d=1001, cu=(2, 20, 37, 38, 40, 150, 699), initial=True, final=True
+    ),
 }
 NAMES = ("x", "weight", "bias", "initial_states", "cu_seqlens")
 
