@@ -4,7 +4,9 @@
     python -m bench.around --ops ssd_step --unchecked    some, before the tests; saves nothing
 
 What counts is the share: the time that a device-to-device copy takes for as many bytes as the
-operator must at least move, over the operator's own (floor_share of a row).
+operator must at least move, over the operator's own. floor_share of a row is by the rate of a large
+copy; copy_share, printed last, by copies as many, as large and called in the same way as the
+operator's calls (copy_ms): little data is slow to copy, too.
 """
 
 import argparse
@@ -58,7 +60,8 @@ def main():
     measured = []
     for problem in problems(options.ops):
         measured.append({**measure(problem, copy_rate), **common})
-        print(rows.table(measured[-1:]).splitlines()[1], flush=True)
+        line = rows.table(measured[-1:]).splitlines()[1]
+        print(f"{line.rstrip()} {measured[-1]['copy_share']:6.2f}", flush=True)
     if not options.unchecked:
         rows.add(options.results / "h200_around.json", measured)
 
@@ -128,13 +131,28 @@ def step_problem(b, state_dtype, h=80, p=64, n=128):
     return Problem("ssd_step", f"2.7b_b{b}", f"{name} state", call, moved, steps)
 
 
+def copies(problem):
+    """As many bytes read and written as the problem's, in as many calls."""
+    size = problem.bytes // problem.steps // 2
+    buffers = torch.zeros(problem.steps, 2, size, dtype=torch.int8, device="cuda")
+
+    def call():
+        for target, source in buffers:
+            target.copy_(source)
+
+    return call
+
+
 def measure(problem, copy_rate):
     graph = problem.op == "ssd_step"
-    with torch.no_grad():
+
+    def time_of(call):
         for _ in range(3):
-            problem.call()
-        call = timing.graphed(problem.call) if graph else problem.call
-        ms = timing.median_ms(call)
+            call()
+        return timing.median_ms(timing.graphed(call) if graph else call)
+
+    with torch.no_grad():
+        ms, copy_ms = time_of(problem.call), time_of(copies(problem))
     return {
         "op": problem.op,
         "shape": problem.shape,
@@ -144,7 +162,9 @@ def measure(problem, copy_rate):
         "ms": round(ms / problem.steps, 6),
         "graph": graph,
         "tb_per_s": round(problem.bytes / ms * 1e-9, 3),
+        "copy_ms": round(copy_ms / problem.steps, 6),
         "floor_share": round(problem.bytes / copy_rate * 1e3 / ms, 4),
+        "copy_share": round(copy_ms / ms, 4),
     }
 
 

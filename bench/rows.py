@@ -3,8 +3,9 @@
     python -m bench.rows bench/results/h200.json NEW.json...     adds the rows of NEW to the first
 
 A row holds op, shape, dtype, impl, version, ms, gpu, torch, commit, date, and what follows from
-them: tb_per_s, tflop_per_s, floor_share (the byte floor at the card's copy rate / ms), ratios (each
-rival's ms / ours, in the same run; ratio is mamba_ssm's), graph (replayed from a CUDA graph),
+them: tb_per_s, tflop_per_s, floor_share (the byte floor at the card's copy rate / ms), copy_share
+(copy_ms, of copies of as many bytes called in the same way, / ms), ratios (each rival's ms / ours,
+in the same run; ratio is mamba_ssm's), graph (replayed from a CUDA graph),
 peak_extra_bytes (of a training step, beyond inputs), command.
 """
 

@@ -63,19 +63,20 @@ struct Window {
   // What lies before token t: inputs of its sequence, or its initial states, or zeros.
   template <class T>
   MAMBA2_DEVICE void start(const Inputs& in, const T* g_x, int t, const Place& place, int i_d) {
+    Packed<T, kVec> packed[kWidth - 1];
     MAMBA2_UNROLL
     for (int k = 0; k < kWidth - 1; ++k) {
       const int at = t - (kWidth - 1) + k, state = at - place.begin + kWidth - 1;
-      Packed<T, kVec> packed;
-      packed.zero();
+      packed[k].zero();
       if (place.i_seq >= 0 && at >= place.begin) {
-        packed.load(g_x + at * in.x.l);
+        packed[k].load(g_x + at * in.x.l);
       } else if (place.i_seq >= 0 && in.initial_states) {
         const int64_t row = int64_t(place.i_seq) * (kWidth - 1) + state;
-        packed.load(static_cast<const T*>(in.initial_states) + row * in.shape.d + i_d);
+        packed[k].load(static_cast<const T*>(in.initial_states) + row * in.shape.d + i_d);
       }
-      packed.unpack(x[k]);
     }
+    MAMBA2_UNROLL
+    for (int k = 0; k < kWidth - 1; ++k) packed[k].unpack(x[k]);
   }
   MAMBA2_DEVICE void push(const U (&newest)[kVec]) {
     MAMBA2_UNROLL
@@ -95,49 +96,55 @@ struct Window {
   }
 };
 
-// ---- who has what: a warp takes 32 kVec channels and a run of tokens of a row ----
-constexpr int kWarps = 4, kRunThreads = 32 * kWarps;  // of a block: neighbouring runs
-constexpr int kBatch = 8;                             // tokens whose loads are in flight together
+// ---- who has what: a block takes a tile of channels and a run of tokens of a row ----
+constexpr int kRunThreads = 64;
+// Tokens whose loads are in flight together: 8 bytes a token of 16-bit channels.
+template <class T>
+constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;
+constexpr int kLongestBatch = 8;
 constexpr int kSms = 132;  // of an H100 or H200, whatever the card: results must not depend on it
 
-// Tokens of a run: so many that `blocks_per_sm` blocks on every SM do all the work at once.
-inline int run_length(const Shape& shape, int channels, int blocks_per_sm) {
-  const int64_t warps = int64_t(kSms) * blocks_per_sm * kWarps;
-  const int64_t runs = warps / (shape.b * ceil_div(shape.d, 32 * channels));  // of a row
-  const int64_t run = round_up(ceil_div(shape.l, runs > 0 ? runs : 1), kBatch);
-  return static_cast<int>(run);
-}
-inline int64_t run_blocks(const Shape& shape, int run) {
-  return ceil_div(shape.b * ceil_div(shape.l, run), kWarps);
-}
+// A run's tokens: so many that `blocks_per_sm` blocks on every SM do all the work at once, but
+// `enough` where that leaves four times as many blocks or more. And the grid: tiles the fastest,
+// then the runs of a row, then rows.
+struct Runs {
+  int tiles, length, of_row;
+  int64_t count;  // of all rows
 
-struct RunOfWarp {
-  int block, tile;  // of runs, and of channels
-  int i_d;          // the thread's first channel
-  int row, first, last;
+  Runs(const Shape& shape, int channels, int blocks_per_sm, int enough)
+      : tiles(ceil_div(shape.d, kRunThreads * channels)) {
+    const int64_t wanted = kSms * blocks_per_sm / tiles / shape.b;  // of a row
+    length = static_cast<int>(
+        round_up(ceil_div(shape.l, wanted > 0 ? wanted : 1), int64_t(kLongestBatch)));
+    if (length >= 4 * enough) length = enough;
+    of_row = static_cast<int>(ceil_div(shape.l, int64_t(length)));
+    count = shape.b * of_row;
+  }
+  dim3 grid() const { return dim3(static_cast<unsigned>(count * tiles)); }
+};
 
-  MAMBA2_DEVICE RunOfWarp(const Shape& shape, int channels, int run) {
-    const int tiles = ceil_div(shape.d, 32 * channels), l = static_cast<int>(shape.l);
-    const int runs_of_row = ceil_div(l, run);
-    tile = static_cast<int>(blockIdx.x) % tiles;
-    block = static_cast<int>(blockIdx.x) / tiles;
-    i_d = (tile * 32 + static_cast<int>(threadIdx.x) % 32) * channels;
-    const int i_run = block * kWarps + static_cast<int>(threadIdx.x) / 32;
-    row = i_run / runs_of_row;
-    first = i_run % runs_of_row * run;
-    last = first + run < l ? first + run : l;
-    if (row >= shape.b || i_d >= shape.d) last = first;  // nothing
+struct RunOfBlock {
+  int i_run, row, first, last;
+  int i_d;  // the thread's first channel
+
+  MAMBA2_DEVICE RunOfBlock(const Shape& shape, int channels, const Runs& runs)
+      : i_run(static_cast<int>(blockIdx.x) / runs.tiles),
+        row(i_run / runs.of_row),
+        first(i_run % runs.of_row * runs.length) {
+    const int l = static_cast<int>(shape.l), tile = static_cast<int>(blockIdx.x) % runs.tiles;
+    last = first + runs.length < l ? first + runs.length : l;
+    i_d = (tile * kRunThreads + static_cast<int>(threadIdx.x)) * channels;
   }
 };
 
 // Neighbouring tokens, `stride` elements apart.
 template <class T, int kVec>
 struct Batch {
-  Packed<T, kVec> token[kBatch];
+  Packed<T, kVec> token[kBatch<T>];
 
-  MAMBA2_DEVICE void load(const T* from, int64_t stride) {
+  MAMBA2_DEVICE void load(const T* from, int64_t stride, int i_d) {
     MAMBA2_UNROLL
-    for (int j = 0; j < kBatch; ++j, from += stride) token[j].load(from);
+    for (int j = 0; j < kBatch<T>; ++j, from += stride) token[j].load(from + i_d);
   }
 };
 

@@ -2,14 +2,13 @@
 //   dx_t = sum_j weight_{w-1-j} g_{t+j}   over the tokens t .. t + w - 1 of the same sequence
 //   dweight_k = sum_t g_t x_{t-w+1+k},    dbias = sum_t g_t
 //
-// A warp takes 128 neighbouring channels and a run of tokens, forwards, a thread 4 of the channels:
-// v_t is formed again from the window, g_t joins the w - 1 unfinished dx before it, and the oldest
-// of them is written. The w - 1 tokens after the run are read for what they give to its last dx.
-// The loads of kBatch tokens are in flight together; a batch inside one sequence looks at nothing
-// but its inputs. Sums over tokens: the thread's in registers, the block's warps in order through
-// shared memory, the blocks' by sum_parts.
-// Grid: (tiles of channels, the fastest, times kWarps runs). Shared: kWarps x 128 x (w + 1).
-// Bound by memory: x and dy once, dx once; the parts are below 1% of that.
+// A block takes 256 neighbouring channels and a run of tokens, forwards, a thread 4 of the
+// channels: v_t is formed again from the window, g_t joins the w - 1 unfinished dx before it, and
+// the oldest of them is written. The w - 1 tokens after the run are read for what they give to its
+// last dx. The loads of kBatch tokens are in flight together; a batch inside one sequence looks at
+// nothing but its inputs. Sums over tokens: the thread's in registers, the blocks' by sum_parts.
+// Grid: tiles of channels, the fastest, times runs. No shared memory.
+// Bound by memory: x and dy once, dx once; the parts are about 1% of that.
 #include "../core/activations.cuh"
 #include "../core/launch.h"
 #include "../core/sum_parts.h"
@@ -18,7 +17,11 @@
 namespace mamba2::causal_conv1d {
 namespace {
 
-constexpr int kBlocksPerSm = 4;  // 128 registers a thread
+// 128 registers a thread; fp16 takes a few more to unpack.
+constexpr int blocks_per_sm(DType dtype) { return dtype == DType::f16 ? 6 : 8; }
+
+// Long runs: short ones cost sums to be added and 2 (w - 1) tokens more.
+constexpr int kEnoughTokens = 1 << 20;
 
 template <class U, int kWidth, int kVec>
 struct WeightSums {
@@ -42,32 +45,17 @@ struct WeightSums {
       for (int k = 0; k < kWidth - 1; ++k) weight[k][c] += g[c] * window.x[k][c];
     }
   }
-};
-
-// The sums of a block's warps, in order, into its part: d w of dweight, then d of dbias.
-template <class U, int kWidth, int kVec>
-MAMBA2_DEVICE void store_parts(const WeightSums<U, kWidth, kVec>& sums, U* g_part, int tile,
-                               int d) {
-  constexpr int kChannels = 32 * kVec, kPerWarp = kChannels * (kWidth + 1);
-  U* s_sums = static_cast<U*>(ptx::dynamic_smem());  // (kWarps, kChannels w then kChannels)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = tile * kChannels;
-  U* mine = s_sums + warp * kPerWarp;
-  MAMBA2_UNROLL
-  for (int c = 0; c < kVec; ++c) {
+  // Into a part: d w of dweight, then d of dbias.
+  MAMBA2_DEVICE void store(U* g_part, int d, int i_d) const {
+    U of_channel[kVec * kWidth];
     MAMBA2_UNROLL
-    for (int k = 0; k < kWidth; ++k) mine[(lane * kVec + c) * kWidth + k] = sums.weight[k][c];
-    mine[kChannels * kWidth + lane * kVec + c] = sums.bias[c];
+    for (int i = 0; i < kVec * kWidth; ++i) of_channel[i] = weight[i % kWidth][i / kWidth];
+    MAMBA2_UNROLL
+    for (int i = 0; i < kVec * kWidth; ++i) g_part[i_d * kWidth + i] = of_channel[i];
+    MAMBA2_UNROLL
+    for (int c = 0; c < kVec; ++c) g_part[d * kWidth + i_d + c] = bias[c];
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kPerWarp; i += kRunThreads) {
-    U sum = s_sums[i];
-    for (int w = 1; w < kWarps; ++w) sum += s_sums[w * kPerWarp + i];
-    const bool of_bias = i >= kChannels * kWidth;
-    const int channel = first + (of_bias ? i - kChannels * kWidth : i / kWidth);
-    if (channel >= d) continue;
-    g_part[of_bias ? d * kWidth + channel : channel * kWidth + i % kWidth] = sum;
-  }
-}
+};
 
 // dx of the last kWidth - 1 tokens, the oldest first: later tokens still add to them.
 template <class U, int kWidth, int kVec>
@@ -112,84 +100,84 @@ MAMBA2_DEVICE void add_final_state(const BackwardParams& params, const Place& pl
 }
 
 template <class T, int kWidth, int kVec>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kRunThreads, kBlocksPerSm)
-    conv_backward(MAMBA2_GRID_CONSTANT const BackwardParams params, const Places places, int run,
-                  void* parts) {
+__global__ void MAMBA2_LAUNCH_BOUNDS(kRunThreads, blocks_per_sm(DTypeOf<T>::value))
+    conv_backward(MAMBA2_GRID_CONSTANT const BackwardParams params, const Places places,
+                  const Runs runs, void* parts) {
   using U = accumulator_t<T>;
   using Vector = Packed<T, kVec>;
   constexpr int kBefore = kWidth - 1;
   const Inputs& in = params.in;
-  const RunOfWarp at(in.shape, kVec, run);
+  const RunOfBlock at(in.shape, kVec, runs);
+  if (at.i_d >= in.shape.d) return;
   const int l = static_cast<int>(in.shape.l);
+  // The block's row: what is added to find a token is the same for all threads.
+  const T* g_x = static_cast<const T*>(in.x.ptr) + at.row * in.x.b;
+  const T* g_dy = static_cast<const T*>(params.dy.ptr) + at.row * params.dy.b;
+  T* g_dx = static_cast<T*>(params.dx.ptr) + at.row * params.dx.b;
+  Taps<U, kWidth, kVec> taps;
+  taps.load(in.weight, in.bias, at.i_d);
+  Window<U, kWidth, kVec> window;
+  window.start(in, g_x + at.i_d, at.first, places.at(at.row, at.first), at.i_d);
   WeightSums<U, kWidth, kVec> sums;
   sums.zero();
-  if (at.first < at.last) {
-    const T* g_x = static_cast<const T*>(in.x.ptr) + at.row * in.x.b + at.i_d;
-    const T* g_dy = static_cast<const T*>(params.dy.ptr) + at.row * params.dy.b + at.i_d;
-    T* g_dx = static_cast<T*>(params.dx.ptr) + at.row * params.dx.b + at.i_d;
-    Taps<U, kWidth, kVec> taps;
-    taps.load(in.weight, in.bias, at.i_d);
-    Window<U, kWidth, kVec> window;
-    window.start(in, g_x, at.first, places.at(at.row, at.first), at.i_d);
-    Unfinished<U, kWidth, kVec> unfinished;
-    unfinished.zero();
+  Unfinished<U, kWidth, kVec> unfinished;
+  unfinished.zero();
 
-    // The token after the window: its sums, and dx of the token kBefore before it.
-    const auto token = [&](const Vector& packed_x, const Vector& packed_dy, bool own, int missing,
-                           U(&dx)[kVec]) {
-      U x[kVec], g[kVec];
-      packed_x.unpack(x);
-      packed_dy.unpack(g);
-      if (in.silu) {
-        MAMBA2_UNROLL
-        for (int c = 0; c < kVec; ++c) g[c] *= fast::silu_gradient(window.convolve(taps, x[c], c));
-      }
-      if (own) sums.add(window, x, g);
-      unfinished.add(taps, g, missing, dx);
-      window.push(x);
-    };
-    // A token anywhere: at a sequence's ends, of no sequence, after the run or after the row.
-    const auto checked_token = [&](int t) {
-      const Place place = t < l ? places.at(at.row, t) : Place{-1, 0, 0};
-      const int finished = t - kBefore;
-      Vector packed_x, packed_dy;
-      packed_x.zero();
-      packed_dy.zero();
-      if (place.i_seq >= 0) {
-        packed_x.load(g_x + t * in.x.l);
-        packed_dy.load(g_dy + t * params.dy.l);
-      }
-      if (place.i_seq < 0 || (places.table && t == place.begin)) {
-        window.start(in, g_x, t, place, at.i_d);
-      }
-      const int missing = places.table ? place.begin - finished : 0;
-      U dx[kVec];
-      token(packed_x, packed_dy, t < at.last, missing, dx);
-      if (finished < at.first || finished >= at.last) return;
-      add_final_state<T, U, kWidth>(params, places.at(at.row, finished), finished, at.i_d, dx);
-      store_vector(g_dx + finished * params.dx.l, dx);
-    };
-    MAMBA2_NO_UNROLL
-    for (int begin = at.first; begin < at.last + kBefore; begin += kBatch) {
-      if (begin + kBatch <= at.last && places.at(at.row, begin).holds(begin, kBefore, kBatch)) {
-        Batch<T, kVec> x, dy;
-        x.load(g_x + begin * in.x.l, in.x.l);
-        dy.load(g_dy + begin * params.dy.l, params.dy.l);
-        T* g_dx_t = g_dx + (begin - kBefore) * params.dx.l;
-        MAMBA2_UNROLL
-        for (int j = 0; j < kBatch; ++j, g_dx_t += params.dx.l) {
-          U dx[kVec];
-          token(x.token[j], dy.token[j], true, 0, dx);
-          if (j >= kBefore || begin > at.first) store_vector(g_dx_t, dx);
-        }
-        continue;
-      }
-      MAMBA2_NO_UNROLL
-      for (int t = begin; t < begin + kBatch && t < at.last + kBefore; ++t) checked_token(t);
+  // The token after the window: its sums, and dx of the token kBefore before it.
+  const auto token = [&](const Vector& packed_x, const Vector& packed_dy, bool own, int missing,
+                         U(&dx)[kVec]) {
+    U x[kVec], g[kVec];
+    packed_x.unpack(x);
+    packed_dy.unpack(g);
+    if (in.silu) {
+      MAMBA2_UNROLL
+      for (int c = 0; c < kVec; ++c) g[c] *= fast::silu_gradient(window.convolve(taps, x[c], c));
     }
+    unfinished.add(taps, g, missing, dx);
+    if (own) sums.add(window, x, g);
+    window.push(x);
+  };
+  // A token anywhere: at a sequence's ends, of no sequence, after the run or after the row.
+  const auto checked_token = [&](int t) {
+    const Place place = t < l ? places.at(at.row, t) : Place{-1, 0, 0};
+    const int finished = t - kBefore;
+    Vector packed_x, packed_dy;
+    packed_x.zero();
+    packed_dy.zero();
+    if (place.i_seq >= 0) {
+      packed_x.load(g_x + t * in.x.l + at.i_d);
+      packed_dy.load(g_dy + t * params.dy.l + at.i_d);
+    }
+    if (place.i_seq < 0 || (places.table && t == place.begin)) {
+      window.start(in, g_x + at.i_d, t, place, at.i_d);
+    }
+    const int missing = places.table ? place.begin - finished : 0;
+    U dx[kVec];
+    token(packed_x, packed_dy, t < at.last, missing, dx);
+    if (finished < at.first || finished >= at.last) return;
+    add_final_state<T, U, kWidth>(params, places.at(at.row, finished), finished, at.i_d, dx);
+    store_vector(g_dx + finished * params.dx.l + at.i_d, dx);
+  };
+  MAMBA2_NO_UNROLL
+  for (int begin = at.first; begin < at.last + kBefore; begin += kBatch<T>) {
+    if (begin + kBatch<T> <= at.last && places.at(at.row, begin).holds(begin, kBefore, kBatch<T>)) {
+      Batch<T, kVec> x, dy;
+      x.load(g_x + begin * in.x.l, in.x.l, at.i_d);
+      dy.load(g_dy + begin * params.dy.l, params.dy.l, at.i_d);
+      T* g_dx_t = g_dx + (begin - kBefore) * params.dx.l;
+      MAMBA2_UNROLL
+      for (int j = 0; j < kBatch<T>; ++j, g_dx_t += params.dx.l) {
+        U dx[kVec];
+        token(x.token[j], dy.token[j], true, 0, dx);
+        if (j >= kBefore || begin > at.first) store_vector(g_dx_t + at.i_d, dx);
+      }
+      continue;
+    }
+    MAMBA2_NO_UNROLL
+    for (int t = begin; t < begin + kBatch<T> && t < at.last + kBefore; ++t) checked_token(t);
   }
-  U* part = static_cast<U*>(parts) + int64_t(at.block) * in.shape.d * (kWidth + 1);
-  store_parts<U, kWidth, kVec>(sums, part, at.tile, in.shape.d);
+  sums.store(static_cast<U*>(parts) + int64_t(at.i_run) * in.shape.d * (kWidth + 1), in.shape.d,
+             at.i_d);
 }
 
 // d_initial_states: what the first w - 1 tokens of a sequence, and the final states of one that is
@@ -235,29 +223,22 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(128, 4)
   for (int k = 0; k < kBefore; ++k) out[int64_t(k) * in.shape.d] = convert<T>(dx[k][0]);
 }
 
-int channels_of(const Shape& shape, DType dtype) {
-  return in_vectors(shape.d, dtype) ? kChannels : 1;
-}
-int run_of(const Shape& shape, DType dtype) {
-  return run_length(shape, channels_of(shape, dtype), kBlocksPerSm);
-}
-int64_t parts_of(const Shape& shape, DType dtype) {
-  return run_blocks(shape, run_of(shape, dtype));
+Runs runs_of(const Shape& shape, DType dtype) {
+  return Runs(shape, in_vectors(shape.d, dtype) ? kChannels : 1, blocks_per_sm(dtype),
+              kEnoughTokens);
 }
 std::size_t aligned(std::size_t bytes) { return round_up(bytes, std::size_t(1024)); }
 
 template <class T>
 int run_backward(const BackwardParams& params, const Places& places, void* parts, void* stream) {
   const Shape& shape = params.in.shape;
-  const bool vectors = channels_of(shape, params.in.dtype) > 1;
-  int error = with_width<T>(shape.w, vectors, [&](auto, auto width, auto channels) {
+  const bool vectors = in_vectors(shape.d, params.in.dtype);
+  const Runs runs = runs_of(shape, params.in.dtype);
+  const int error = with_width<T>(shape.w, vectors, [&](auto, auto width, auto channels) {
     LaunchShape at;
-    const int64_t tiles = ceil_div(shape.d, 32 * channels());
-    const int run = run_of(shape, params.in.dtype);
-    at.grid = dim3(static_cast<unsigned>(run_blocks(shape, run) * tiles));
+    at.grid = runs.grid();
     at.threads = kRunThreads;
-    at.smem_bytes = sizeof(accumulator_t<T>) * kRunThreads * channels() * (width() + 1);
-    return launch(conv_backward<T, width(), channels()>, at, stream, params, places, run, parts);
+    return launch(conv_backward<T, width(), channels()>, at, stream, params, places, runs, parts);
   });
   if (error || !params.d_initial_states) return error;
   return with_width<T>(shape.w, false, [&](auto, auto width, auto) {
@@ -272,7 +253,8 @@ int run_backward(const BackwardParams& params, const Places& places, void* parts
 
 std::size_t backward_workspace_bytes(const Shape& shape, DType dtype) {
   const std::size_t element = dtype == DType::f64 ? 8 : 4;
-  return aligned(places_bytes(shape)) + element * parts_of(shape, dtype) * shape.d * (shape.w + 1);
+  return aligned(places_bytes(shape)) +
+         element * runs_of(shape, dtype).count * shape.d * (shape.w + 1);
 }
 
 int backward(const BackwardParams& params, void* workspace, void* stream) {
@@ -286,7 +268,7 @@ int backward(const BackwardParams& params, void* workspace, void* stream) {
   if (error) return error;
   SumPartsParams sum;
   sum.parts = parts;
-  sum.count = parts_of(shape, params.in.dtype);
+  sum.count = runs_of(shape, params.in.dtype).count;
   sum.numel = int64_t(shape.d) * (shape.w + 1);
   sum.split = int64_t(shape.d) * shape.w;
   sum.first = params.dweight;

@@ -12,21 +12,34 @@
 namespace mamba2::causal_conv1d {
 namespace {
 
-constexpr int kBlocksPerSm = 5;
+constexpr int kBlocksPerSm = 10;   // 96 registers a thread
+constexpr int kEnoughTokens = 64;  // a run reads w - 1 tokens twice
 
-template <class T, int kWidth, int kVec>
+template <class T, int kWidth, int kVec, bool kSilu>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kRunThreads, kBlocksPerSm)
-    conv_forward(MAMBA2_GRID_CONSTANT const ForwardParams params, const Places places, int run) {
+    conv_forward(MAMBA2_GRID_CONSTANT const ForwardParams params, const Places places,
+                 const Runs runs) {
   using U = accumulator_t<T>;
   const Inputs& in = params.in;
-  const RunOfWarp at(in.shape, kVec, run);
-  if (at.first >= at.last) return;
-  const T* g_x = static_cast<const T*>(in.x.ptr) + at.row * in.x.b + at.i_d;
-  T* g_y = static_cast<T*>(params.y.ptr) + at.row * params.y.b + at.i_d;
+  const RunOfBlock at(in.shape, kVec, runs);
+  if (at.i_d >= in.shape.d) return;
+  // The block's row: what is added to find a token is the same for all threads.
+  const T* g_x = static_cast<const T*>(in.x.ptr) + at.row * in.x.b;
+  T* g_y = static_cast<T*>(params.y.ptr) + at.row * params.y.b;
+  // The batch at `begin` sets out, if it is of one sequence that begins before it.
+  Batch<T, kVec> ahead;
+  const auto load_ahead = [&](int begin) {
+    const int before = begin > at.first;  // the window at a run's beginning is right already
+    const bool whole =
+        begin + kBatch<T> <= at.last && places.at(at.row, begin).holds(begin, before, kBatch<T>);
+    if (whole) ahead.load(g_x + begin * in.x.l, in.x.l, at.i_d);
+    return whole;
+  };
+  bool whole = load_ahead(at.first);
   Taps<U, kWidth, kVec> taps;
   taps.load(in.weight, in.bias, at.i_d);
   Window<U, kWidth, kVec> window;
-  window.start(in, g_x, at.first, places.at(at.row, at.first), at.i_d);
+  window.start(in, g_x + at.i_d, at.first, places.at(at.row, at.first), at.i_d);
 
   T* g_y_t = g_y + at.first * params.y.l;  // of the next token
   const auto convolve = [&](const Packed<T, kVec>& packed, bool nowhere) {
@@ -34,33 +47,32 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kRunThreads, kBlocksPerSm)
     packed.unpack(x);
     MAMBA2_UNROLL
     for (int c = 0; c < kVec; ++c) y[c] = nowhere ? U(0) : window.convolve(taps, x[c], c);
-    if (in.silu) {
+    if (kSilu) {
       MAMBA2_UNROLL
       for (int c = 0; c < kVec; ++c) y[c] = fast::silu(y[c]);
     }
-    store_vector(g_y_t, y);
+    store_vector(g_y_t + at.i_d, y);
     g_y_t += params.y.l;
     window.push(x);
   };
   MAMBA2_NO_UNROLL
-  for (int begin = at.first; begin < at.last; begin += kBatch) {
-    const T* g_x_t = g_x + begin * in.x.l;
-    const int before = begin > at.first;  // the window at a run's beginning is right already
-    if (begin + kBatch <= at.last && places.at(at.row, begin).holds(begin, before, kBatch)) {
-      Batch<T, kVec> batch;
-      batch.load(g_x_t, in.x.l);
+  for (int begin = at.first; begin < at.last; begin += kBatch<T>) {
+    if (whole) {
+      const Batch<T, kVec> batch = ahead;
+      whole = load_ahead(begin + kBatch<T>);
       MAMBA2_UNROLL
-      for (int j = 0; j < kBatch; ++j) convolve(batch.token[j], false);
+      for (int j = 0; j < kBatch<T>; ++j) convolve(batch.token[j], false);
       continue;
     }
     MAMBA2_NO_UNROLL
-    for (int t = begin; t < begin + kBatch && t < at.last; ++t, g_x_t += in.x.l) {
+    for (int t = begin; t < begin + kBatch<T> && t < at.last; ++t) {
       Packed<T, kVec> packed;
-      packed.load(g_x_t);
+      packed.load(g_x + t * in.x.l + at.i_d);
       const Place place = places.at(at.row, t);
-      if (places.table && t == place.begin) window.start(in, g_x, t, place, at.i_d);
+      if (places.table && t == place.begin) window.start(in, g_x + at.i_d, t, place, at.i_d);
       convolve(packed, place.i_seq < 0);
     }
+    whole = load_ahead(begin + kBatch<T>);
   }
 }
 
@@ -94,10 +106,11 @@ int run_forward(const ForwardParams& params, const Places& places, void* stream)
   at.threads = kRunThreads;
   const int error = with_width<T>(
       shape.w, in_vectors(shape.d, params.in.dtype), [&](auto, auto width, auto channels) {
-        const int64_t tiles = ceil_div(shape.d, 32 * channels());
-        const int run = run_length(shape, channels(), kBlocksPerSm);
-        at.grid = dim3(static_cast<unsigned>(run_blocks(shape, run) * tiles));
-        return launch(conv_forward<T, width(), channels()>, at, stream, params, places, run);
+        const Runs runs(shape, channels(), kBlocksPerSm, kEnoughTokens);
+        at.grid = runs.grid();
+        const auto kernel = params.in.silu ? conv_forward<T, width(), channels(), true>
+                                           : conv_forward<T, width(), channels(), false>;
+        return launch(kernel, at, stream, params, places, runs);
       });
   if (error || !params.final_states) return error;
   const int64_t elements = shape.nseq * (shape.w - 1) * shape.d;

@@ -94,6 +94,31 @@ MAMBA2_DEVICE To load(AnyFloat a, int64_t i) {
   }
 }
 
+// The same in two halves: loads of several such elements are in flight before the first is looked
+// at.
+struct AnyBits {
+  uint32_t low = 0, high = 0;
+  DType dtype = DType::f32;
+};
+MAMBA2_DEVICE AnyBits load_bits(AnyFloat a, int64_t i) {
+  AnyBits bits;
+  bits.dtype = a.dtype;
+  if (size_of(a.dtype) == 2) {
+    bits.low = static_cast<const uint16_t*>(a.ptr)[i];
+  } else if (size_of(a.dtype) == 4) {
+    bits.low = static_cast<const uint32_t*>(a.ptr)[i];
+  } else {
+    bits.low = static_cast<const uint32_t*>(a.ptr)[2 * i];
+    bits.high = static_cast<const uint32_t*>(a.ptr)[2 * i + 1];
+  }
+  return bits;
+}
+template <class To>
+MAMBA2_DEVICE To value_of(const AnyBits& bits) {
+  const uint32_t words[2] = {bits.low, bits.high};
+  return load<To>(AnyFloat{words, bits.dtype}, 0);
+}
+
 template <class From>
 MAMBA2_DEVICE void store(void* ptr, DType dtype, int64_t i, From v) {
   switch (dtype) {

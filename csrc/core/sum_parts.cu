@@ -1,5 +1,6 @@
-// sum_parts: a block sums 32 neighbouring elements; each of its warps takes every eighth part, and
-// their eight sums are added in order. Bound by memory: the parts once.
+// sum_parts: a block sums 32 neighbouring elements; each of its 8 or 32 warps takes every 8th or
+// 32nd part, and their sums are added in order. Bound by the latency of a few trips to L2, where
+// the parts lie.
 #include "sum_parts.h"
 
 #include "../ptx/common.cuh"
@@ -9,10 +10,11 @@
 namespace mamba2 {
 namespace {
 
-constexpr int kLanes = 32, kWarps = 8;
+constexpr int kLanes = 32;
+constexpr int kFewWarps = 8, kManyWarps = 32, kManyParts = 128;
 
-template <class U>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kLanes* kWarps, 4)
+template <class U, int kWarps>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kLanes* kWarps, 1)
     sum_parts_kernel(MAMBA2_GRID_CONSTANT const SumPartsParams params) {
   U* s_sums = static_cast<U*>(ptx::dynamic_smem());  // (kWarps, kLanes)
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -37,11 +39,15 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kLanes* kWarps, 4)
 int sum_parts(const SumPartsParams& params, void* stream) {
   return with_accumulator(params.dtype, [&](auto tag) {
     using U = typename decltype(tag)::type;
-    LaunchShape at;
-    at.grid = dim3(static_cast<unsigned>(ceil_div(params.numel, kLanes)));
-    at.threads = kLanes * kWarps;
-    at.smem_bytes = sizeof(U) * kLanes * kWarps;
-    return launch(sum_parts_kernel<U>, at, stream, params);
+    const auto run = [&](auto warps) {
+      LaunchShape at;
+      at.grid = dim3(static_cast<unsigned>(ceil_div(params.numel, kLanes)));
+      at.threads = kLanes * warps();
+      at.smem_bytes = sizeof(U) * kLanes * warps();
+      return launch(sum_parts_kernel<U, warps()>, at, stream, params);
+    };
+    if (params.count < kManyParts) return run(std::integral_constant<int, kFewWarps>{});
+    return run(std::integral_constant<int, kManyWarps>{});
   });
 }
 

@@ -21,7 +21,7 @@ constexpr int kMaxVectors = 4;
 // while another reduces. 3 vectors by 224 threads are the 5376 channels (bf16) of a 2.7B mixer's
 // convolution, and hold its norm's 5120.
 constexpr int max_threads(int vectors) { return vectors == 4 ? 352 : vectors == 3 ? 224 : 256; }
-constexpr int min_blocks(int vectors) { return vectors == 4 ? 1 : 2; }
+constexpr int min_blocks(int vectors) { return vectors == 4 ? 1 : vectors == 1 ? 3 : 2; }
 constexpr int kAnyThreads = 256;
 constexpr int kMaxWarps = 12;
 constexpr int kSms = 132;  // of an H100 or H200, whatever the card: results must not depend on it

@@ -20,8 +20,8 @@
 namespace mamba2::ssd {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kBlocksPerSm = 4;  // 128 registers a thread: no spill; 64 KB of loads in flight
+constexpr int kThreads = 64;
+constexpr int kBlocksPerSm = 8;  // 128 registers a thread: no spill; 64 KB of loads in flight
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <int kLanes, class U>
@@ -36,18 +36,28 @@ template <class U>
 struct TokenWeights {
   U delta, decay;
 };
-template <class U>
-MAMBA2_DEVICE TokenWeights<U> weights_of(const Inputs& in, int64_t i_b, int i_t, int i_h) {
-  const int64_t at = i_b * in.dt.b + i_t * in.dt.l + i_h * in.dt.h;
-  const U dt = load<U>(AnyFloat{in.dt.ptr, in.dt_dtype}, at);
-  const U bias = in.dt_bias ? load<U>(in.dt_bias, i_h) : U(0);
-  const U delta = delta_of(dt, bias, in.dt_softplus, U(in.dt_min), U(in.dt_max)).value;
-  return {delta, exp(delta * load<U>(in.A, i_h))};
-}
-template <class U>
-MAMBA2_DEVICE U skip_weight(const Inputs& in, int i_h, int i_p) {
-  if (!in.D) return U(0);
-  return load<U>(in.D, in.D_per_channel ? int64_t(i_h) * in.shape.p + i_p : i_h);
+// What they are made of, as it lies in memory: of every 8 lanes the first has dt, the second the
+// bias, the third A, so that all three are on their way at once.
+struct TokenScalars {
+  AnyBits mine;
+
+  MAMBA2_DEVICE void load(const Inputs& in, int64_t i_b, int i_t, int i_h) {
+    const int which = threadIdx.x % 8;
+    const int64_t dt_at = i_b * in.dt.b + i_t * in.dt.l + i_h * in.dt.h;
+    const AnyFloat dt{in.dt.ptr, in.dt_dtype};
+    const AnyFloat from = which == 0 ? dt : which == 1 ? in.dt_bias : in.A;
+    if (which < 3 && from) mine = load_bits(from, which == 0 ? dt_at : i_h);
+  }
+  template <class U>
+  MAMBA2_DEVICE TokenWeights<U> weights(const Inputs& in) const {
+    const U v = value_of<U>(mine), dt = __shfl_sync(kAllLanes, v, 0, 8);
+    const U bias = __shfl_sync(kAllLanes, v, 1, 8), A = __shfl_sync(kAllLanes, v, 2, 8);
+    const U delta = delta_of(dt, bias, in.dt_softplus, U(in.dt_min), U(in.dt_max)).value;
+    return {delta, exp(delta * A)};
+  }
+};
+MAMBA2_DEVICE AnyBits load_skip_weight(const Inputs& in, int i_h, int i_p) {
+  return load_bits(in.D, in.D_per_channel ? int64_t(i_h) * in.shape.p + i_p : i_h);
 }
 MAMBA2_DEVICE int64_t at_token(const Strided& t, int64_t i_b, int i_t, int i_h) {
   return i_b * t.b + i_t * t.l + int64_t(i_h) * t.h;
@@ -85,12 +95,14 @@ struct Rows {
 
   using PackedRows = Packed<typename L::S, kColumns>[L::kRows][L::kVectors];
   MAMBA2_DEVICE void load(const typename L::S* g_state, int p, int n, PackedRows& packed) const {
+    const typename L::S* g_row = g_state + first * n + column(0);
     MAMBA2_UNROLL
-    for (int r = 0; r < L::kRows; ++r) {
+    for (int r = 0; r < L::kRows; ++r, g_row += L::kGroups * n) {
+      const bool has_row = i_p(r) < p;
       MAMBA2_UNROLL
       for (int v = 0; v < L::kVectors; ++v) {
         packed[r][v].zero();
-        if (i_p(r) < p && column(v) < n) packed[r][v].load(g_state + i_p(r) * n + column(v));
+        if (has_row & (column(v) < n)) packed[r][v].load(g_row + v * L::kLanes * kColumns);
       }
     }
   }
@@ -102,11 +114,13 @@ struct Rows {
     }
   }
   MAMBA2_DEVICE void store(typename L::S* g_state, int p, int n) const {
+    typename L::S* g_row = g_state + first * n + column(0);
     MAMBA2_UNROLL
-    for (int r = 0; r < L::kRows; ++r) {
+    for (int r = 0; r < L::kRows; ++r, g_row += L::kGroups * n) {
+      const bool has_row = i_p(r) < p;
       MAMBA2_UNROLL
       for (int v = 0; v < L::kVectors; ++v) {
-        if (i_p(r) < p && column(v) < n) store_vector(g_state + i_p(r) * n + column(v), H[r][v]);
+        if (has_row & (column(v) < n)) store_vector(g_row + v * L::kLanes * kColumns, H[r][v]);
       }
     }
   }
@@ -118,7 +132,7 @@ struct Token {
   using T = typename L::T;
   Packed<T, L::kColumns> B[L::kVectors], C[L::kVectors];
   T x[L::kRows], z;  // z of the row whose y the thread writes
-  TokenWeights<float> weights;
+  TokenScalars scalars;
 
   MAMBA2_DEVICE void load(const Rows<L>& rows, const Inputs& in, int64_t i_b, int i_t, int i_h) {
     const int i_g = i_h / in.shape.heads_per_group(), p = in.shape.p;
@@ -140,13 +154,14 @@ struct Token {
       x[r] = rows.i_p(r) < p ? g_x[rows.i_p(r)] : convert<T>(0.f);
     }
     z = in.z && rows.has_own(p) ? g_z[rows.own()] : convert<T>(0.f);
-    weights = weights_of<float>(in, i_b, i_t, i_h);
+    scalars.load(in, i_b, i_t, i_h);
   }
 };
 
 // The state becomes the token's; y of the thread's own row, D the skip weight there.
 template <class L>
-MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, float D, bool has_z) {
+MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, float D, const Inputs& in) {
+  const auto weights = token.scalars.template weights<float>(in);
   float B[L::kVectors][L::kColumns], C[L::kVectors][L::kColumns];
   MAMBA2_UNROLL
   for (int v = 0; v < L::kVectors; ++v) {
@@ -156,13 +171,13 @@ MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, float D, bo
   float own_y = 0, own_x = 0;
   MAMBA2_UNROLL
   for (int r = 0; r < L::kRows; ++r) {
-    const float x = convert<float>(token.x[r]), delta_x = token.weights.delta * x;
+    const float x = convert<float>(token.x[r]), delta_x = weights.delta * x;
     float y = 0;
     MAMBA2_UNROLL
     for (int v = 0; v < L::kVectors; ++v) {
       MAMBA2_UNROLL
       for (int k = 0; k < L::kColumns; ++k) {
-        rows.H[r][v][k] = token.weights.decay * rows.H[r][v][k] + delta_x * B[v][k];
+        rows.H[r][v][k] = weights.decay * rows.H[r][v][k] + delta_x * B[v][k];
         y += rows.H[r][v][k] * C[v][k];
       }
     }
@@ -171,7 +186,7 @@ MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, float D, bo
     own_x = rows.lane == r ? x : own_x;
   }
   const float y = own_y + D * own_x;
-  return has_z ? y * fast::silu(convert<float>(token.z)) : y;
+  return in.z ? y * fast::silu(convert<float>(token.z)) : y;
 }
 
 template <class L>
@@ -201,11 +216,13 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
   rows.load(g_state + slots.source * params.slot_stride, shape.p, shape.n, packed);
   Token<L> token;
   if (shape.l > 0) token.load(rows, params.in, i_b, 0, i_h);
-  const float D = has_own ? skip_weight<float>(params.in, i_h, rows.own()) : 0.f;
+  AnyBits skip;  // D; 0 without
+  if (params.in.D && has_own) skip = load_skip_weight(params.in, i_h, rows.own());
   rows.unpack(packed);
+  const float D = value_of<float>(skip);
   MAMBA2_NO_UNROLL
   for (int i_t = 0; i_t < shape.l; ++i_t) {
-    const float y = step_token(rows, token, D, static_cast<bool>(params.in.z));
+    const float y = step_token(rows, token, D, params.in);
     if (has_own) g_y[i_t * token_y] = convert<T>(y);
     if (i_t + 1 < shape.l) token.load(rows, params.in, i_b, i_t + 1, i_h);
   }
@@ -264,7 +281,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     H[k] = there ? load<U>(AnyFloat{params.state, params.state_dtype}, at) : U(0);
   }
   for (int i_t = 0; i_t < shape.l; ++i_t) {
-    const TokenWeights<U> weights = weights_of<U>(in, i_b, i_t, i_h);
+    TokenScalars scalars;
+    scalars.load(in, i_b, i_t, i_h);
+    const TokenWeights<U> weights = scalars.weights<U>(in);
     const U x = input(in.x, at_token(in.x, i_b, i_t, i_h) + i_p);
     U y = 0;
     for (int k = 0; k < kAnyColumns; ++k) {
@@ -274,7 +293,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
       H[k] = weights.decay * H[k] + weights.delta * x * B;
       y += H[k] * input(in.C, at_token(in.C, i_b, i_t, i_g) + i_n);
     }
-    y = sum_over_lanes<32>(y) + skip_weight<U>(in, i_h, i_p) * x;
+    y = sum_over_lanes<32>(y);
+    if (in.D) y += value_of<U>(load_skip_weight(in, i_h, i_p)) * x;
     if (in.z) y *= silu(input(in.z, at_token(in.z, i_b, i_t, i_h) + i_p));
     const int64_t at = ((i_b * shape.l + i_t) * shape.h + i_h) * shape.p + i_p;
     if (lane == 0) store(params.y, in.dtype, at, slots.source >= 0 ? y : U(0));
