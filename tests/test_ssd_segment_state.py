@@ -18,6 +18,7 @@ CASES = {
     "plain": Case(dt_softplus=False),
     "bf16": replace(BIASED, dtype=torch.bfloat16, p=64, n=128, dt_dtype=torch.float32),
     "fp16, sliced": replace(BIASED, dtype=torch.float16, p=80, n=64, sliced=True),
+    "n 256": replace(BIASED, dtype=torch.bfloat16, p=64, n=256),
     "fp64": replace(BIASED, dtype=torch.float64, p=5, n=19),
     "long": Case(b=1, l=2049, h=3, g=1, dtype=torch.bfloat16, p=32, n=64, decay="weak"),
     "strong": replace(BIASED, dtype=torch.bfloat16, p=64, n=64, decay="strong"),

@@ -8,6 +8,7 @@ namespace mamba2::ssd::sm90 {
 // One warp, all of whose values are uniform; its first lane acts.
 template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
 struct Loader {
+  static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
   const FusedScanArgs& args;
   Smem& s;
@@ -18,7 +19,7 @@ struct Loader {
   MAMBA2_DEVICE void load(const Unit (&units)[kUnits], int row, int token) {
     auto& stage = s.stage[at.stage];
     ptx::Mbarrier* full = &s.ring.full[at.stage];
-    const int active = units[1].active ? 2 : 1, group = units[0].group;
+    const int active = units[kUnits - 1].active ? kUnits : 1, group = units[0].group;
     const uint32_t tile_bytes = kQ * kP * sizeof(T);
     ptx::mbarrier_arrive_expect_tx(
         full, (kStateOnly ? 1 : 2) * kQ * kN * sizeof(T) + active * tile_bytes * (1 + kGate));
@@ -50,8 +51,8 @@ struct Loader {
     Walk walk;
     walk.begin(args, ticket);
     const Task& task = walk.task;
-    const Unit units[kUnits] = {uniform(unit_of(args, task.pair, 0)),
-                                uniform(unit_of(args, task.pair, 1))};
+    Unit units[kUnits] = {uniform(unit_of<kUnits>(args, task.pair, 0))};
+    if constexpr (kUnits > 1) units[1] = uniform(unit_of<kUnits>(args, task.pair, 1));
     while (walk.exists()) {
       const Chunk c = walk.chunk, next = walk.following(args);
       const int row = tile::uniform(c.row), token = tile::uniform(c.token);
@@ -109,6 +110,7 @@ struct Loader {
 // warp's next chunk has the time of two chunks to arrive. A lane has tokens 2 lane and 2 lane + 1.
 template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
 struct Decays {
+  static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
   static_assert(kQ == 64, "two tokens a lane");
   const FusedScanArgs& args;
@@ -139,7 +141,7 @@ struct Decays {
       walk.begin(args, ticket);
       MAMBA2_UNROLL
       for (int half = 0; half < kUnits; ++half) {
-        const Unit unit = unit_of(args, walk.task.pair, half);
+        const Unit unit = unit_of<kUnits>(args, walk.task.pair, half);
         HalfInputs& in = inputs[half];
         in.head = half > 0 && !unit.active ? inputs[0].head : unit.head;  // idle: any that exists
         in.A = mamba2::load<float>(args.steps.A, in.head);
@@ -193,16 +195,17 @@ struct Decays {
   // One copy of the code for both units (see Scorer::weigh_units), which take turns in its
   // registers.
   MAMBA2_DEVICE void sum(Sums (&sums)[kUnits]) {
-    static_assert(kUnits == 2, "two that change places twice");
+    constexpr int kLast = kUnits - 1;
+    static_assert(kUnits <= 2, "two that change places twice");
     MAMBA2_NO_UNROLL
     for (int half = 0; half < kUnits; ++half) {
       const HalfInputs in = inputs[0];
-      inputs[0] = inputs[1], inputs[1] = in;
-      sums[0] = sums[1];
-      sums[1] = sums_of(in);
+      inputs[0] = inputs[kLast], inputs[kLast] = in;
+      sums[0] = sums[kLast];
+      sums[kLast] = sums_of(in);
     }
   }
-  MAMBA2_DEVICE void store(const Sums& of, Weights<T>& weights, int half) const {
+  MAMBA2_DEVICE void store(const Sums& of, Weights<T, kUnits>& weights, int half) const {
     const float *a = of.a, *delta = of.delta;
     const float a_q = __shfl_sync(~0u, a[1], 31), a_block = __shfl_sync(~0u, a[1], lane | 7);
     const auto pair = [&](float* values) -> float2& {
@@ -242,8 +245,9 @@ struct Decays {
 
 // One warp: y of both units to global memory, by bulk stores, or row by row where a neighbour
 // follows.
-template <class T, int kN, bool kGate, int kStages>
+template <class T, int kN, bool kGate, int kStages, bool kPadded>
 struct Storer {
+  static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
   const FusedScanArgs& args;
   Smem& s;
@@ -258,9 +262,11 @@ struct Storer {
     }
     T* y = static_cast<T*>(args.y_out.ptr) + info.token * args.y_out.l + unit.head * args.y_out.h +
            unit.p_block * kP;
-    for (int i = lane; i < info.count * 8; i += 32)
+    for (int i = lane; i < info.count * 8; i += 32) {
+      if (kPadded && unit.p_block * kP + i % 8 * 8 >= args.p) continue;
       *reinterpret_cast<uint4*>(y + i / 8 * args.y_out.l + i % 8 * 8) =
           *static_cast<const uint4*>(tile::panel_address(tile, i / 8, i % 8 * 8));
+    }
   }
   MAMBA2_DEVICE void run() {
     tile::RingPosition<kStages> at;
@@ -272,7 +278,7 @@ struct Storer {
       s.ring.release(at);  // its info may be written anew
       MAMBA2_NO_UNROLL
       for (int half = 0; half < kUnits; ++half) {
-        const Unit unit = unit_of(args, info.pair, half);
+        const Unit unit = unit_of<kUnits>(args, info.pair, half);
         s.y_ring[half].wait_full(from);
         if (unit.active) store(info, unit, s.y[from.stage][half]);
       }

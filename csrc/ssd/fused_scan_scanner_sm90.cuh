@@ -1,52 +1,74 @@
 // A scanner warpgroup of fused_scan (sm_90a): one unit's chunks in order, its state in registers.
+// With n = 256 two scanners share a unit: each has half the columns of the state and finishes y of
+// half the tokens; what its columns give to y of the other tokens goes to the other scanner.
 #pragma once
 #include "formulas.cuh"
 #include "fused_scan_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
+template <class T, int kN, bool kGate, int kStages, bool kStateOnly, bool kPadded>
 struct Scanner {
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
-  using State = float[kN / 2];      // (64 p, n) of one unit, an accumulator
-  using Output = float[kQ / 2];     // (64 p, 64 tokens)
-  using Tokens = uint32_t[kQ / 4];  // x or z of the chunk, transposed: A fragments (p, tokens)
+  static constexpr int kUnits = units_per_block(kN), kParts = parts_per_unit(kN);
+  static constexpr int kColumns = kN / kParts, kTokens = kQ / kParts;
+  using State = float[kColumns / 2];  // (64 p, columns) of one unit, an accumulator
+  using Product = float[kQ / 2];      // (64 p, 64 tokens)
+  using Output = float[kTokens / 2];  // (64 p, own tokens)
+  using Tokens = uint32_t[kQ / 4];    // x of the chunk, transposed: A fragments (p, tokens)
+  using OwnTokens = uint32_t[kTokens / 4];
 
   const FusedScanArgs& args;
   Smem& s;
-  const int half, thread;
+  const int half, part, thread;  // the unit's place in the block, the scanner's in the unit
   const tile::Lane me;
   Unit unit{};
+  tile::RingPosition<1> exchanged{};
   float D[2] = {0.f, 0.f};
 
-  MAMBA2_DEVICE Scanner(const FusedScanArgs& args, Smem& s, int half, int thread)
-      : args(args), s(s), half(half), thread(thread), me(thread) {}
+  MAMBA2_DEVICE Scanner(const FusedScanArgs& args, Smem& s, int scanner, int thread)
+      : args(args),
+        s(s),
+        half(scanner / kParts),
+        part(scanner % kParts),
+        thread(thread),
+        me(thread) {}
 
-  MAMBA2_DEVICE void sync() const { ptx::bar_sync(kFirstScanner + half, tile::kWarpgroup); }
+  MAMBA2_DEVICE void sync() const {
+    ptx::bar_sync(kFirstScanner + half * kParts + part, tile::kWarpgroup);
+  }
 
   // ---- the state at the ends of a run ----
+  // Whether a row of the state is a channel, and not what pads p to 64.
+  MAMBA2_DEVICE bool exists(int r) const { return unit.p_block * kP + me.row(r) < args.p; }
   MAMBA2_DEVICE int64_t state_offset(int i_seq, int e) const {  // into (nseq, h, p, n)
-    const int p = unit.p_block * kP + me.row((e >> 1) & 1), n = me.column(e / 4);
+    const int p = unit.p_block * kP + me.row((e >> 1) & 1), n = part * kColumns + me.column(e / 4);
     return ((int64_t(i_seq) * args.h + unit.head) * args.p + p) * args.n + n;
   }
   MAMBA2_DEVICE float* carry(
       int slot) const {  // (n / 8, 128 threads, 4): in the order of registers
-    return args.carry + ((int64_t(slot) * args.units + unit.index) * kP * kN) + thread * 4;
+    return args.carry + ((int64_t(slot) * args.units + unit.index) * kP * kN) +
+           part * kColumns * kP + thread * 4;
+  }
+  MAMBA2_DEVICE int* flag_of(int slot) const {
+    return args.flags + (slot * kParts + part) * args.units + unit.index;
   }
   MAMBA2_DEVICE void start_sequence(State& S, int i_seq) const {
     const bool given = args.initial_states && unit.active;
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; e += 2) {
+    for (int e = 0; e < kColumns / 2; e += 2) {
       const int64_t at = state_offset(i_seq, e);
-      S[e] = given ? mamba2::load<float>(args.initial_states, at) : 0.f;
-      S[e + 1] = given ? mamba2::load<float>(args.initial_states, at + 1) : 0.f;
+      const bool reads = kPadded ? given && exists((e >> 1) & 1) : given;
+      S[e] = reads ? mamba2::load<float>(args.initial_states, at) : 0.f;
+      S[e + 1] = reads ? mamba2::load<float>(args.initial_states, at + 1) : 0.f;
     }
   }
   MAMBA2_DEVICE void finish_sequence(const State& S, int i_seq) const {
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; e += 2)
-      *reinterpret_cast<float2*>(args.final_states + state_offset(i_seq, e)) =
-          make_float2(S[e], S[e + 1]);
+    for (int e = 0; e < kColumns / 2; e += 2)
+      if (!kPadded || exists((e >> 1) & 1))
+        *reinterpret_cast<float2*>(args.final_states + state_offset(i_seq, e)) =
+            make_float2(S[e], S[e + 1]);
   }
   // S = the carry of a slot, or with what came before it: 2^through S + carry.
   MAMBA2_DEVICE void add_carry(State& S, int slot, bool alone) const {
@@ -55,7 +77,7 @@ struct Scanner {
     const float through =
         first ? 0.f : ptx::ex2(args.through_log2[int64_t(slot) * args.units + unit.index]);
     MAMBA2_UNROLL
-    for (int i = 0; i < kN / 8; ++i) {
+    for (int i = 0; i < kColumns / 8; ++i) {
       const float4 v = ptx::ld_cg_v4(from + i * tile::kWarpgroup * 4);
       float* at = S + 4 * i;
       at[0] = first ? v.x : fmaf(through, at[0], v.x),
@@ -67,12 +89,12 @@ struct Scanner {
   MAMBA2_DEVICE void load_carry(State& S, const StageInfo& info) const {
     if constexpr (kStateOnly) {  // pass one: what the run adds, from nothing
       MAMBA2_UNROLL
-      for (int e = 0; e < kN / 2; ++e) S[e] = 0.f;
+      for (int e = 0; e < kColumns / 2; ++e) S[e] = 0.f;
       return;
     }
     if (!unit.active) return;
     if (args.schedule == Schedule::tickets) {
-      const int* flag = args.flags + info.slot * args.units + unit.index;
+      const int* flag = flag_of(info.slot);
       while (ptx::ld_acquire_gpu(flag) < info.segment) ptx::nanosleep(64);
     }
     const bool is_sum = args.schedule == Schedule::tickets || args.carry_is_sum;
@@ -82,20 +104,20 @@ struct Scanner {
   MAMBA2_DEVICE void store_carry(const State& S, const StageInfo& info) const {
     float* to = carry(info.slot);
     MAMBA2_UNROLL
-    for (int i = 0; i < kN / 8; ++i)
+    for (int i = 0; i < kColumns / 8; ++i)
       *reinterpret_cast<float4*>(to + i * tile::kWarpgroup * 4) =
           make_float4(S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]);
     if (args.schedule == Schedule::tickets) {
       sync();
-      if (thread == 0)
-        ptx::st_release_gpu(args.flags + info.slot * args.units + unit.index, info.segment + 1);
+      if (thread == 0) ptx::st_release_gpu(flag_of(info.slot), info.segment + 1);
     }
   }
   MAMBA2_DEVICE void begin_task(const StageInfo& info) {
-    unit = unit_of(args, info.pair, half);
+    unit = unit_of<kUnits>(args, info.pair, half);
     if (!args.D || !unit.active) return;
     MAMBA2_UNROLL
     for (int r = 0; r < 2; ++r) {
+      if (kPadded && !exists(r)) continue;
       const int p = unit.p_block * kP + me.row(r);
       D[r] = mamba2::load<float>(
           args.D, args.D_per_channel ? int64_t(unit.head) * args.p + p : int64_t(unit.head));
@@ -117,7 +139,7 @@ struct Scanner {
         if (info.flags & kEndsSequence) finish_sequence(S, info.i_seq);
       } else if (info.flags & kEndsTask) {
         store_carry(S, info);
-        if (thread == 0)
+        if (thread == 0 && part == 0)
           args.through_log2[int64_t(info.slot) * args.units + unit.index] = through_log2;
       }
     } else if (info.flags & kEndsSequence) {
@@ -142,11 +164,11 @@ struct Scanner {
     }
   }
   // Y = 2^a_i Y + D x
-  MAMBA2_DEVICE void decay_and_skip(Output& Y, const Tokens& x,
+  MAMBA2_DEVICE void decay_and_skip(Output& Y, const OwnTokens& x,
                                     const TokenValues& row_decay) const {
     MAMBA2_UNROLL
-    for (int step = 0; step < kQ / 16; ++step) {
-      const float4 w = row_decay.of_lane(me.lane, step);
+    for (int step = 0; step < kTokens / 16; ++step) {
+      const float4 w = row_decay.of_lane(me.lane, part * (kTokens / 16) + step);
       MAMBA2_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int k = 4 * step + i;
@@ -157,54 +179,116 @@ struct Scanner {
     }
   }
   MAMBA2_DEVICE void gate(Output& Y, const T* s_z) const {
-    Tokens z;
-    tile::load_transposed<kQ / 16>(z, s_z, me);
+    OwnTokens z;
+    tile::load_transposed<kTokens / 16>(z, s_z + part * kTokens * kP, me);
     MAMBA2_UNROLL
-    for (int k = 0; k < kQ / 4; ++k) {
+    for (int k = 0; k < kTokens / 4; ++k) {
       const float2 v = unpack2<T>(z[k]);
       Y[2 * k] *= silu(v.x), Y[2 * k + 1] *= silu(v.y);
     }
   }
-  // Y = S C^T: issued, not waited for.
-  MAMBA2_DEVICE void read_state(Output& Y, const State& S, const T* C) const {
-    uint32_t S_rounded[kN / 4];
+  // ---- two scanners of one unit ----
+  // Of what all tokens have: the own ones, to the front.
+  template <class Value, int kAll>
+  MAMBA2_DEVICE void keep_own(Value (&all)[kAll]) const {
+    MAMBA2_UNROLL
+    for (int i = 0; i < kAll / 2; ++i) all[i] = part ? all[kAll / 2 + i] : all[i];
+  }
+  // The other scanner's tokens of S C^T to it, in the order of registers.
+  MAMBA2_DEVICE void send(const Product& SC) const {
+    s.exchange.ring[part].wait_empty(exchanged);
+    float* to = s.exchange.partial[part] + thread * 4;
+    MAMBA2_UNROLL
+    for (int e = 0; e < kTokens / 2; e += 4)
+      *reinterpret_cast<float4*>(to + e * tile::kWarpgroup) =
+          part ? make_float4(SC[e], SC[e + 1], SC[e + 2], SC[e + 3])
+               : make_float4(SC[kTokens / 2 + e], SC[kTokens / 2 + e + 1], SC[kTokens / 2 + e + 2],
+                             SC[kTokens / 2 + e + 3]);
+    s.exchange.ring[part].fill(exchanged);
+  }
+  MAMBA2_DEVICE void receive(Output& sent) {
+    const int other = 1 - part;
+    s.exchange.ring[other].wait_full(exchanged);
+    const float* from = s.exchange.partial[other] + thread * 4;
+    MAMBA2_UNROLL
+    for (int e = 0; e < kTokens / 2; e += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(from + e * tile::kWarpgroup);
+      sent[e] = v.x, sent[e + 1] = v.y, sent[e + 2] = v.z, sent[e + 3] = v.w;
+    }
+    s.exchange.ring[other].release(exchanged);
+    exchanged.advance();
+  }
+  MAMBA2_DEVICE void add_decayed(Output& Y, const Output& sent,
+                                 const TokenValues& row_decay) const {
+    MAMBA2_UNROLL
+    for (int e = 0; e < kTokens / 2; e += 8) {
+      const float4 w = row_decay.of_lane(me.lane, part * (kTokens / 16) + e / 8);
+      MAMBA2_UNROLL
+      for (int i = e; i < e + 8; i += 2) {
+        Y[i] = fmaf(i % 8 < 4 ? w.x : w.z, sent[i], Y[i]);
+        Y[i + 1] = fmaf(i % 8 < 4 ? w.y : w.w, sent[i + 1], Y[i + 1]);
+      }
+    }
+  }
+
+  // Y = S C^T over this scanner's columns: issued, not waited for.
+  MAMBA2_DEVICE void read_state(Product& Y, const State& S, const T* C) const {
+    uint32_t S_rounded[kColumns / 4];
     tile::round_to_fragments<T>(S_rounded, S);
     ptx::wgmma_fence();
-    tile::product_rs<T, kQ, kN / 16>(Y, S_rounded, tile::KMajor<kQ>{C}, false);
+    tile::product_rs<T, kQ, kColumns / 16>(Y, S_rounded, tile::KMajor<kQ>{C + part * kColumns * kQ},
+                                           false);
     ptx::wgmma_commit_group();
   }
-  // The state after the chunk, and y of the chunk; Y = S C^T is on its way.
-  MAMBA2_DEVICE void add_chunk(State& S, Output& Y, const Stage<T, kN, kGate>& stage,
-                               const Weights<T>& weights) const {
+  // The state after the chunk, and y of its own tokens in front of Y; Y = S C^T is on its way.
+  MAMBA2_DEVICE void add_chunk(State& S, Product& Y, const Stage<T, kN, kGate>& stage,
+                               const Weights<T, kUnits>& weights) {
     const float chunk_decay = weights.row_decay[half].last();
     Tokens x, x_weighted;
     tile::load_transposed<kQ / 16>(x, stage.x[half], me);
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; ++e) S[e] *= chunk_decay;
+    for (int e = 0; e < kColumns / 2; ++e) S[e] *= chunk_decay;
     ptx::wgmma_fence_operand(S);  // under the product
+    if constexpr (kParts > 1) weigh_inputs(x_weighted, x, weights.input_weight[half]);
     if constexpr (!kStateOnly) {
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(Y);
     }
-    weigh_inputs(x_weighted, x, weights.input_weight[half]);
+    if constexpr (kParts == 1) weigh_inputs(x_weighted, x, weights.input_weight[half]);
     ptx::wgmma_fence();
-    tile::product_rs<T, kN, kQ / 16>(S, x_weighted, tile::MnMajor<kQ>{stage.B}, true);
+    tile::product_rs<T, kColumns, kQ / 16>(S, x_weighted,
+                                           tile::MnMajor<kQ>{stage.B + part * kColumns * kQ}, true);
     ptx::wgmma_commit_group();
+    auto& own_Y = tile::front<kTokens / 2>(Y);
+    Output sent;
     if constexpr (!kStateOnly) {
-      decay_and_skip(Y, x, weights.row_decay[half]);
-      ptx::wgmma_fence_operand(Y);
+      if constexpr (kParts > 1) {
+        send(Y);
+        keep_own(Y);
+        OwnTokens own_x;
+        tile::load_transposed<kTokens / 16>(own_x, stage.x[half] + part * kTokens * kP, me);
+        decay_and_skip(own_Y, own_x, weights.row_decay[half]);
+        tile::load_transposed<kQ / 16>(x, stage.x[half], me);  // again: registers are scarce above
+      } else {
+        decay_and_skip(own_Y, x, weights.row_decay[half]);
+      }
+      ptx::wgmma_fence_operand(own_Y);
       ptx::wgmma_fence();
-      tile::product_rs<T, kQ, kQ / 16>(Y, x, tile::KMajor<kQ>{weights.scores[half]}, true);
+      const T* scores = weights.scores[half] + part * kTokens * kQ;
+      tile::product_rs<T, kTokens, kQ / 16>(own_Y, x, tile::KMajor<kTokens>{scores}, true);
       ptx::wgmma_commit_group();
+      if constexpr (kParts > 1) receive(sent);
     }
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(S);
-    if constexpr (!kStateOnly) ptx::wgmma_fence_operand(Y);
+    if constexpr (!kStateOnly) ptx::wgmma_fence_operand(own_Y);
+    if constexpr (!kStateOnly && kParts > 1) add_decayed(own_Y, sent, weights.row_decay[half]);
   }
   // y to the storer.
-  MAMBA2_DEVICE void hand_over(const Tokens& y, tile::RingPosition<kBuffers>& to) const {
+  MAMBA2_DEVICE void hand_over(const OwnTokens& y, tile::RingPosition<kBuffers>& to) const {
     s.y_ring[half].wait_empty(to);
-    tile::store_fragments_transposed<kQ / 16>(s.y[to.stage][half], y, me);
+    T* tile = s.y[to.stage][half] + part * kTokens * kP;
+    tile::store_fragments_transposed<kTokens / 16>(tile, y, me);
     ptx::fence_proxy_async_shared();
     s.y_ring[half].fill(to);
     to.advance();
@@ -212,7 +296,7 @@ struct Scanner {
 
   MAMBA2_DEVICE void run() {
     State S;
-    Tokens y;                  // of the chunk before, rounded
+    OwnTokens y;               // of the chunk before, rounded
     bool y_waits = false;      // to be handed over, under this chunk's S C^T
     bool enters = true;        // a run or a sequence begins, or nothing follows
     float through_log2 = 0.f;  // of the run, pass one
@@ -229,7 +313,7 @@ struct Scanner {
         if (tile::uniform(info.flags) & kExit) return;
         enter_run(S, info, through_log2);
       }
-      Output Y;
+      Product Y;
       if constexpr (!kStateOnly) {
         read_state(Y, S, stage.C);
         if (y_waits) hand_over(y, to);
@@ -237,13 +321,13 @@ struct Scanner {
       s.weights_ring.wait_full(from);
       add_chunk(S, Y, stage, weights);
       if constexpr (kStateOnly) through_log2 += weights.a_log2[half][kQ - 1];
-      if constexpr (kGate && !kStateOnly) gate(Y, stage.z[half]);
+      if constexpr (kGate && !kStateOnly) gate(tile::front<kTokens / 2>(Y), stage.z[half]);
       s.weights_ring.release(from);
       const int flags = tile::uniform(info.flags);
       enters = (flags & (kEndsTask | kEndsSequence)) != 0;
       if (enters) leave_run(S, info, through_log2);
       s.ring.release(at);
-      if constexpr (!kStateOnly) tile::round_to_fragments<T>(y, Y);
+      if constexpr (!kStateOnly) tile::round_to_fragments<T>(y, tile::front<kTokens / 2>(Y));
       y_waits = !kStateOnly;
     }
   }

@@ -7,6 +7,7 @@ namespace mamba2::ssd::sm90 {
 
 template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
 struct Scorer {
+  static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
   using Scores = float[kQ / 2];
   const FusedScanArgs& args;
@@ -55,8 +56,8 @@ struct Scorer {
   }
   // The blocks of a warp's 16 rows up to the diagonal; those above it stay zero. All loads come
   // first: in flight together, and outside of the branches.
-  MAMBA2_DEVICE void weigh(const Scores& scores, const float (&on_diagonal)[8], Weights<T>& weights,
-                           int half) const {
+  MAMBA2_DEVICE void weigh(const Scores& scores, const float (&on_diagonal)[8],
+                           Weights<T, kUnits>& weights, int half) const {
     constexpr int kBelow = kQ / 16 - 1;
     const float *a = weights.a_log2[half], *delta = weights.delta[half];
     const float a_i[2] = {a[me.row(0)], a[me.row(1)]};
@@ -85,7 +86,7 @@ struct Scorer {
   }
   // One copy of the code for both units and all warps: the instructions of a block's roles together
   // must stay in the SM's cache.
-  MAMBA2_DEVICE void weigh_units(const Scores& scores, Weights<T>& weights) const {
+  MAMBA2_DEVICE void weigh_units(const Scores& scores, Weights<T, kUnits>& weights) const {
     float on_diagonal[8];
     MAMBA2_UNROLL
     for (int e = 0; e < 8; ++e) {

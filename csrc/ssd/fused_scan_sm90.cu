@@ -1,77 +1,8 @@
-// Instances of fused_scan (sm_90a) and their launch.
-#include "../core/launch.h"
-#include "fused_scan_feed_sm90.cuh"
-#include "fused_scan_scanner_sm90.cuh"
-#include "fused_scan_scorer_sm90.cuh"
-#include "fused_scan_sm90.h"
+// Instances of fused_scan (sm_90a) for p that 64 divides.
+#include "fused_scan_launch_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 namespace {
-
-template <class T, int kN, bool kGate, bool kStateOnly>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
-    fused_scan_kernel(const MAMBA2_GRID_CONSTANT FusedScanArgs args) {
-#if MAMBA2_SM90A
-  constexpr int kStages = fused_scan_stages<T, kN, kGate>();
-  auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());
-  ptx::griddepcontrol_launch_dependents();
-  const int role = tile::uniform(threadIdx.x / tile::kWarpgroup);
-  const int thread = threadIdx.x % tile::kWarpgroup;
-  if (threadIdx.x == 0) {
-    s.tickets_ring.init(1, kBuffers * 32);
-    s.ring.init(1, kUnits * tile::kWarpgroup + (kStateOnly ? 0 : 32));
-    s.decays_ring.init(32, 1);
-    s.weights_ring.init(32 + tile::kWarpgroup, kUnits * tile::kWarpgroup);
-    for (auto& y_ring : s.y_ring) y_ring.init(tile::kWarpgroup, 32);
-    ptx::fence_mbarrier_init();
-  }
-  for (int i = 0; i < kBuffers * kUnits; ++i)  // blocks above the diagonal are never written again
-    tile::zero_rows<kQ>(s.weights[i / kUnits].scores[i % kUnits], 0, threadIdx.x, kThreads);
-  ptx::fence_proxy_async_shared();
-  __syncthreads();
-  if (role == kFeeders) {
-    ptx::setmaxnreg_dec<kFeederRegisters>();
-    const int warp = tile::uniform(thread / 32), lane = thread % 32;
-    if (warp == kStorer) {
-      if constexpr (!kStateOnly) Storer<T, kN, kGate, kStages>{args, s, lane}.run();
-    } else if (warp >= kFirstDecays) {
-      Decays<T, kN, kGate, kStages, kStateOnly>(args, s, warp - kFirstDecays, lane).run();
-    } else {
-      Loader<T, kN, kGate, kStages, kStateOnly>{args, s, lane == 0, {}, {}}.run();
-    }
-  } else if (role == kScorer) {
-    ptx::setmaxnreg_dec<kScorerRegisters>();
-    Scorer<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();
-  } else {
-    ptx::setmaxnreg_inc<kScannerRegisters>();
-    Scanner<T, kN, kGate, kStages, kStateOnly>(args, s, role - kFirstScanner, thread).run();
-  }
-#endif
-}
-
-template <class T, int kN, bool kGate, bool kStateOnly>
-int run(const FusedScanArgs& args, int sm_count, void* stream) {
-  LaunchShape at;
-  at.grid = dim3(args.tasks < sm_count ? args.tasks : sm_count);
-  at.threads = kThreads;
-  at.programmatic = true;  // blocks set up while the kernel before ends
-  at.smem_bytes = sizeof(FusedScanSmem<T, kN, kGate, fused_scan_stages<T, kN, kGate>()>);
-  at.tile = {kQ, kP, kN, fused_scan_stages<T, kN, kGate>()};
-  return launch(fused_scan_kernel<T, kN, kGate, kStateOnly>, at, stream, args);
-}
-
-template <class T, int kN>
-int run_mode(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, void* stream) {
-  if (state_only) return run<T, kN, false, true>(args, sm_count, stream);
-  return gate ? run<T, kN, true, false>(args, sm_count, stream)
-              : run<T, kN, false, false>(args, sm_count, stream);
-}
-
-template <class T>
-int run_n(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, void* stream) {
-  return args.n == 64 ? run_mode<T, 64>(args, gate, state_only, sm_count, stream)
-                      : run_mode<T, 128>(args, gate, state_only, sm_count, stream);
-}
 
 __global__ void clear_words_kernel(int* words, int count) {
   ptx::griddepcontrol_launch_dependents();
@@ -92,8 +23,8 @@ int clear_words(int* words, int count, void* stream) {
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
                void* stream) {
   const Range range("fused_scan");
-  return dtype == DType::bf16 ? run_n<bf16>(args, gate, state_only, sm_count, stream)
-                              : run_n<f16>(args, gate, state_only, sm_count, stream);
+  return args.p % kP == 0 ? run_dtype<false>(args, dtype, gate, state_only, sm_count, stream)
+                          : fused_scan_padded(args, dtype, gate, state_only, sm_count, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

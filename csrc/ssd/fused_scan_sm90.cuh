@@ -3,14 +3,17 @@
 //   y_i = 2^a_i S C_i + sum_{j <= i} 2^(a_i - a_j) delta_j (C_i . B_j) x_j + D x_i (o silu(z_i))
 //   S   = 2^a_q S + sum_j 2^(a_q - a_j) delta_j x_j B_j^T                   chunk by chunk, q = 64
 //
-// A unit is one head's block of 64 channels; a block of threads takes pairs of units of one group,
-// which share the tiles of B and C. Four warpgroups pass chunks along:
+// A unit is one head's block of 64 channels (the last one of a head padded with zeros); a block of
+// threads takes pairs of units of one group, which share the tiles of B and C (n = 256: one unit).
+// Four warpgroups pass chunks along:
 //   feeders  one warp: tasks, TMA into the ring of stages; two warps in turn: delta and the decays
 //            of the tokens; one warp: y to global memory;
 //   scorer   C B^T once for the pair, then C B^T o L o delta of each unit, rounded, to shared
-//            memory;
-//   scanners one unit each: the state S (64 p, n) stays in fp32 accumulators; rounded, it is at
-//            once the A operand of S C^T, so nothing on the serial chain passes through shared
+//   memory; scanners one unit each: the state S (64 p, n) stays in fp32 accumulators; rounded, it
+//   is at once
+//            the A operand of S C^T, so nothing on the serial chain passes through shared memory.
+//            n = 256: both share a unit, 128 columns of its state each. Each finishes y of 32
+//            tokens and adds what the other's columns give it, in a fixed order, through shared
 //            memory.
 // All products of a scanner are transposed, (p, tokens), so that x is an A operand of both sums and
 // D x and the gate are thread-local. The instructions of all roles together have to stay in the
@@ -23,25 +26,27 @@
 //             two adds up those before each run (many: segment_scan has done so) and runs all of
 //             them at once.
 // Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), two buffers of
-// weights and of y: 218 KB at n = 128. Registers: scorer 96, scanner 184.
+// weights and of y: 218 KB at n = 128, 199 at n = 256. Registers: scorer 96, scanner 184.
 // Bound: tensor pipe, HBM, shared memory and issue slots within 1.5x of each other; see
 // docs/kernels.md.
-// Not supported: p not a multiple of 64, n not 64 or 128, 32-bit types.
+// Not supported: p not a multiple of 8, n not 64, 128 or 256, 32-bit types.
 #pragma once
 #include "../tile/sm90.cuh"
 #include "chunks.cuh"
 #include "params.h"
+#include "plan_sm90.h"
 #include "steps.cuh"
 
 namespace mamba2::ssd::sm90 {
 
-constexpr int kQ = 64;       // tokens a chunk: M = 64 is what one wgmma covers
-constexpr int kP = 64;       // channels a unit
-constexpr int kUnits = 2;    // scanners; the registers of one SM hold no third
-constexpr int kBuffers = 2;  // of weights and of y
+constexpr int kQ = 64;        // tokens a chunk: M = 64 is what one wgmma covers
+constexpr int kP = 64;        // channels a unit
+constexpr int kScanners = 2;  // the registers of one SM hold no third
+constexpr int kBuffers = 2;   // of weights and of y
 constexpr int kMaxStages = 4;
 constexpr int kTaskSlots = 4;  // tasks that the loader may be ahead of the decays' warps
-constexpr int kThreads = (2 + kUnits) * tile::kWarpgroup;
+constexpr int kThreads = (2 + kScanners) * tile::kWarpgroup;
+constexpr int parts_per_unit(int n) { return kScanners / units_per_block(n); }
 enum Role : int { kFeeders = 0, kScorer = 1, kFirstScanner = 2 };
 enum Feeder : int { kLoader = 0, kFirstDecays = 1, kStorer = kFirstDecays + kBuffers };  // warps
 // What one SM has: 512 registers for the four threads, one of each role, together.
@@ -64,15 +69,15 @@ struct FusedScanArgs {
   Schedule schedule;
   int tasks, segment_chunks;
   int* ticket;          // (1), or none: block i takes tasks i, i + blocks, ...
-  int* flags;           // (rows, units): segments of the row that are done
+  int* flags;           // (rows, parts, units): segments of the row that are done
   float* carry;         // tickets: (rows, units, 64 n); segments: (segments, units, 64 n)
   bool carry_is_sum;    // segments: what enters the run, and not what the run adds
   float* through_log2;  // (segments, units): log2 of what a segment lets through
 
   int p_blocks, units, units_per_group, pairs_per_group, pairs;  // set_units()
   void set_units() {
-    p_blocks = p / kP, units = h * p_blocks, units_per_group = units / g;
-    pairs_per_group = ceil_div(units_per_group, kUnits), pairs = g * pairs_per_group;
+    p_blocks = ceil_div(p, kP), units = h * p_blocks, units_per_group = units / g;
+    pairs_per_group = ceil_div(units_per_group, units_per_block(n)), pairs = g * pairs_per_group;
   }
 };
 
@@ -80,6 +85,7 @@ struct Unit {
   int index, head, p_block, group;
   bool active;  // the last pair of a group with an odd number of units has an idle half
 };
+template <int kUnits>
 MAMBA2_DEVICE Unit unit_of(const FusedScanArgs& args, int pair, int half) {
   const int group = pair / args.pairs_per_group;
   const int k = pair % args.pairs_per_group * kUnits + half;
@@ -135,6 +141,7 @@ struct alignas(16) StageInfo {
 
 template <class T, int kN, bool kGate>
 struct alignas(1024) Stage {
+  static constexpr int kUnits = units_per_block(kN);
   T B[kQ * kN];  // panels [token][64 n]
   T C[kQ * kN];
   T x[kUnits][kQ * kP];
@@ -157,7 +164,7 @@ struct alignas(16) TokenValues {
 };
 
 // What the decays' warps and the scorer hand to the scanners.
-template <class T>
+template <class T, int kUnits>
 struct alignas(1024) Weights {
   T scores[kUnits][kQ * kQ];  // C B^T o L o delta, [i][j]
   float a_log2[kUnits][kQ];   // log2 decay from the chunk's start to behind the token
@@ -167,10 +174,20 @@ struct alignas(1024) Weights {
   TokenValues input_weight[kUnits];  // 2^(a_q - a_j) delta_j
 };
 
+// What the scanners of one unit send to each other: (64 p, tokens of the other) of S C^T.
+template <int kParts>
+struct Exchange {
+  float partial[kParts][kP * kQ / kParts];
+  tile::Ring<1> ring[kParts];
+};
+template <>
+struct Exchange<1> {};
+
 template <class T, int kN, bool kGate, int kStages>
 struct alignas(1024) FusedScanSmem {
+  static constexpr int kUnits = units_per_block(kN);
   Stage<T, kN, kGate> stage[kStages];
-  Weights<T> weights[kBuffers];
+  Weights<T, kUnits> weights[kBuffers];
   T y[kBuffers][kUnits][kQ * kP];  // [token][p]
   StageInfo info[kStages];
   int tickets[kTaskSlots];  // of tasks, from the loader to the decays' warps
@@ -179,12 +196,15 @@ struct alignas(1024) FusedScanSmem {
   tile::Ring<kBuffers> weights_ring;
   tile::Ring<kBuffers> decays_ring;  // their decays alone, for the scorer
   tile::Ring<kBuffers> y_ring[kUnits];
+  Exchange<parts_per_unit(kN)> exchange;
 };
 
 // As many stages as 227 KB hold.
 template <class T, int kN, bool kGate>
 constexpr int fused_scan_stages() {
-  constexpr int rest = kBuffers * int(sizeof(Weights<T>) + sizeof(T) * kUnits * kQ * kP) + 2048;
+  constexpr int kUnits = units_per_block(kN);
+  constexpr int rest = kBuffers * int(sizeof(Weights<T, kUnits>) + sizeof(T) * kUnits * kQ * kP) +
+                       int(sizeof(Exchange<parts_per_unit(kN)>)) + 2048;
   for (int s = kMaxStages; s > 1; --s)
     if (s * int(sizeof(Stage<T, kN, kGate>)) + rest <= 227 * 1024) return s;
   return 1;

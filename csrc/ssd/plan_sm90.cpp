@@ -9,14 +9,16 @@ namespace mamba2::ssd::sm90 {
 
 constexpr int kQ = 64, kP = 64;
 
-// Only exactly 9.0 runs this code: later cards have no wgmma.
+// Only exactly 9.0 runs this code: later cards have no wgmma. The forward pads p to 64: from p 32 on
+// it is still 1.4 to 2.4 times as fast as the portable path, which pads less.
 bool supports(const Problem& problem, const Device& device) {
   const Shape& s = problem.shape;
   const bool card = device.major == 9 && device.minor == 0;
   const bool type = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
   const bool gradients = s.p == kP && !problem.has_z;  // what the backward takes
-  return card && type && (gradients || !problem.backward) && s.p % kP == 0 && s.p <= 256 &&
-         (s.n == 64 || s.n == 128);
+  const bool forward = s.p % 8 == 0 && s.p >= 32 && s.p <= 256;
+  return card && type && (problem.backward ? gradients : forward) &&
+         (s.n == 64 || s.n == 128 || (s.n == 256 && !problem.backward));
 }
 
 namespace {
@@ -59,11 +61,11 @@ int64_t cheapest(const Work& w, int64_t longest, Cost cost) {
 
 void plan_forward(const Problem& problem, const Device& device, Plan* plan) {
   const Shape& shape = problem.shape;
-  const int64_t units = int64_t(shape.h) * shape.p / kP;
+  const int64_t units = shape.h * ceil_div(shape.p, kP);
   Work w;
   w.rows = std::max<int64_t>(1, shape.packed ? 1 : shape.b);
   w.chunks_per_row = std::max<int64_t>(1, shape.chunks(kQ) / w.rows);
-  w.pairs = shape.g * ceil_div(units / shape.g, 2);
+  w.pairs = shape.g * ceil_div(units / shape.g, units_per_block(shape.n));
   w.sms = std::max(1, device.sm_count);
   w.state_bytes = 4.0 * units * kP * shape.n;
   plan->q = kQ;

@@ -29,10 +29,11 @@ struct Layout {
     const int64_t in_row = ceil_div(tickets ? row_chunks : chunks, int64_t(plan.segment_chunks));
     const bool chained = tickets && in_row > 1;
     const int64_t slots = tickets ? (chained ? rows : 0) : in_row;
-    units = shape.h * (shape.p / kP);
+    units = shape.h * ceil_div(shape.p, kP);
     segments = int(in_row);
-    tasks = int((tickets ? rows : 1) * shape.g * ceil_div(units / shape.g, kUnits) * in_row);
-    word_count = chained ? int(1 + rows * units) : 0;
+    const int blocks_per_group = ceil_div(units / shape.g, units_per_block(shape.n));
+    tasks = int((tickets ? rows : 1) * shape.g * blocks_per_group * in_row);
+    word_count = chained ? int(1 + rows * units * parts_per_unit(shape.n)) : 0;
     chunking = memory.take(chunking_bytes(shape, kQ));
     words = memory.take_array<int>(word_count);
     carry = memory.take_array<float>(slots * units * kP * shape.n);

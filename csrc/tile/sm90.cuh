@@ -89,6 +89,12 @@ MAMBA2_DEVICE void product_ss(float (&d)[N / 2], const ATile& a, const BTile& b,
 }
 
 // ---- fragments ----
+// The first elements of an array of registers.
+template <int kFirst, class E, int kAll>
+MAMBA2_DEVICE E (&front(E (&r)[kAll]))[kFirst] {
+  static_assert(kFirst <= kAll, "no more than there are");
+  return reinterpret_cast<E(&)[kFirst]>(r);
+}
 // A panel holds a tile [k][m] (m contiguous); this gives the A fragments of its transpose (m, k):
 // rows m = 64 columns of the panel, kSteps steps of 16 panel rows.
 template <int kSteps>

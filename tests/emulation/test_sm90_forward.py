@@ -29,6 +29,15 @@ CASES = {
     "dt fp64": dict(dt_dtype=torch.float64, l=70, seed=14),
     "strong decay": dict(decay="strong", l=70, seed=10),
     "sliced": dict(sliced=True, l=70, seed=11),
+    "p 80, sliced": dict(p=80, l=97, sliced=True, z=True, D="hp", seed=17),
+    "p 32, packed": dict(p=32, cu_seqlens=(3, 6, 6, 71, 120), initial_states="x", seed=18),
+    "p 40, odd heads": dict(p=40, h=3, l=97, D="hp", initial_states="working", seed=19),
+    "n 256": dict(n=256, l=200, initial_states="x", seed=12),
+    "n 256, two rows, ragged, gate": dict(n=256, b=2, l=97, z=True, D="hp", seed=13),
+    "n 256, packed": dict(n=256, cu_seqlens=(3, 6, 6, 71, 120), initial_states="working", seed=14),
+    "n 256, groups, fp16": dict(n=256, h=4, g=2, l=70, dtype=torch.float16, seed=15),
+    "n 256, p 128, resets": dict(n=256, h=1, p=128, seq_idx=True, seed=16),
+    "n 256, p 80": dict(n=256, p=80, l=97, z=True, initial_states="working", seed=20),
 }
 
 
@@ -43,3 +52,10 @@ def test_many_segments(emulated):
     """More than pass two adds up by itself: segment_scan does."""
     emulated.schedule(seed=3, timing="random", sms=16)
     check(run_ops(emulated.ops, plan=SEGMENTS), dataclasses.replace(BASE, l=1000, seed=12))
+
+
+@pytest.mark.parametrize("p, n", [(64, 256), (80, 64)])
+def test_another_tier_runs_the_backward(emulated, p, n):
+    """Unforced, and asked to keep states, of which this forward has none to give."""
+    case = dataclasses.replace(BASE, l=70, p=p, n=n, save_states=True)
+    check(run_ops(emulated.ops), case)
