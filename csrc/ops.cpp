@@ -109,4 +109,8 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       "norm_linear(Tensor x, Tensor norm_weight, Tensor? z, Tensor weight, Tensor? bias, "
       "Tensor(a!)? residual, float eps, int group_size, bool norm_before_gate, "
       "bool early_weights) -> Tensor y");
+
+  // Decode: residual (b, d) += x (b, d) in place, where x is given; y (b, d) is the residual's norm
+  // times weight (d), in weight's dtype. Three dtypes of their own.
+  m.def("add_norm(Tensor(a!) residual, Tensor? x, Tensor weight, float eps) -> Tensor y");
 }

@@ -123,3 +123,8 @@ def _(dy, x, weight, z, eps, group_size, norm_before_gate, dx, dz):
 @fake("mamba2_cuda::norm_linear")
 def _(x, norm_weight, z, weight, bias, residual, *_options):
     return weight.new_empty((x.shape[0], weight.shape[0]) if residual is None else 0)
+
+
+@fake("mamba2_cuda::add_norm")
+def _(residual, x, weight, eps):
+    return weight.new_empty(residual.shape)

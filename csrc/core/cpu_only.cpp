@@ -10,6 +10,7 @@ constexpr const char* kOperators[] = {
     "ssd_segment_state_forward", "ssd_segment_state_backward", "ssd_step",
     "causal_conv1d_forward",     "causal_conv1d_backward",     "causal_conv1d_step",
     "gated_rmsnorm_forward",     "gated_rmsnorm_backward",     "norm_linear",
+    "add_norm",
 };
 
 void refuse(StableIValue*, uint64_t, uint64_t) {

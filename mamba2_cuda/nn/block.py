@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from . import functional
 from .mixer import Mamba2
 from .mlp import GatedMLP
 from .norm import RMSNorm
@@ -33,17 +34,22 @@ class Block(nn.Module):
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         residual = residual + self.mixer(self.norm(residual), tokens, cache)
-        return self.after_mixer(residual)
+        if self.mlp is not None:
+            residual = residual + self.mlp(self.norm2(residual))
+        return residual
 
-    def after_mixer(self, residual):
-        return residual if self.mlp is None else residual + self.mlp(self.norm2(residual))
+    def step(self, residual, pending, tokens, cache):
+        """forward for one token a row, in few kernels and in place.
 
-    def step(self, residual, tokens, cache):
-        """forward for one token a row, which may take place in `residual`."""
-        fast = isinstance(self.mixer, Mamba2) and self.mixer.adds_fast(residual)
-        if not fast or tokens.real() is not None:
-            return self(residual, tokens, cache)
-        if self.residual_in_fp32:
-            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        self.mixer.add_step(residual[:, 0], self.norm, cache)
-        return self.after_mixer(residual)
+        residual (b, d_model) still lacks `pending`, which the block before adds, or None. Returns
+        the two for the block behind.
+        """
+        if pending is None and isinstance(self.mixer, Mamba2) and self.mixer.adds_fast(residual):
+            self.mixer.add_step(residual, self.norm, cache)
+        else:
+            u = functional.add_norm(residual, pending, self.norm.weight, eps=self.norm.eps)
+            pending = self.mixer(u[:, None], tokens, cache)[:, 0]
+        if self.mlp is not None:
+            u = functional.add_norm(residual, pending, self.norm2.weight, eps=self.norm2.eps)
+            pending = self.mlp(u)
+        return residual, pending

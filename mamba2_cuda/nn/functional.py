@@ -1,6 +1,7 @@
 """The operators that the modules are made of, in one place."""
 
 from mamba2_cuda.ops import (
+    add_norm,
     causal_conv1d,
     causal_conv1d_step,
     gated_rmsnorm,
@@ -12,6 +13,7 @@ from mamba2_cuda.ops import (
 from .conv_scan_norm import conv_scan_norm
 
 __all__ = [
+    "add_norm",
     "causal_conv1d",
     "causal_conv1d_step",
     "conv_scan_norm",
