@@ -37,8 +37,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
   const T* g_x = static_cast<const T*>(params.x) + row * params.x_stride;
   const int slab = static_cast<int>(blockDim.x) * kVec;
   const int first_k = static_cast<int>(threadIdx.x) * kVec;
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
 
   float v[kVec], sum = 0;
   MAMBA2_NO_UNROLL
@@ -122,7 +120,6 @@ int run(const Params& params, void* stream) {
   const int threads = round_up(ceil_div(params.d, kVec), 32);
   at.threads = threads < kMaxThreads ? threads : kMaxThreads;
   at.smem_bytes = sizeof(float) * at.threads / 32;
-  at.programmatic = true;
   return params.dtype == DType::bf16 ? launch(add_norm<bf16>, at, stream, params)
                                      : launch(add_norm<f16>, at, stream, params);
 }

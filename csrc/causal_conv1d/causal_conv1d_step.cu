@@ -16,8 +16,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
   using U = accumulator_t<T>;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, i_b = i / params.d;
   const int i_d = static_cast<int>(i % params.d);
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
   if (i_b >= params.b) return;
   const int64_t slot = params.state_indices ? params.state_indices[i_b] : i_b;
   const bool padding = slot < 0 || slot >= params.slots;
@@ -52,7 +50,6 @@ int step(const StepParams& params, void* stream) {
       LaunchShape at;
       at.grid = dim3(static_cast<unsigned>(ceil_div(params.b * params.d, kThreads)));
       at.threads = kThreads;
-      at.programmatic = true;
       return launch(conv_step<T, width()>, at, stream, params);
     });
   });

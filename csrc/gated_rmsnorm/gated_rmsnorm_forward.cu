@@ -8,9 +8,6 @@
 namespace mamba2::gated_rmsnorm {
 namespace {
 
-// A decoding step's norm is so short that its launch counts: it overlaps with the kernel in front.
-constexpr int64_t kRowsOfStep = 1024;
-
 template <class T, int kVectors, GateKind kGate>
 __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors))
     norm_forward(MAMBA2_GRID_CONSTANT const ForwardParams params, int rows_of_each) {
@@ -23,8 +20,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors)
   const Ring<T, kVectors, kArrays> ring{reinterpret_cast<char*>(&sums + 1)};
   const float inverse_s = 1.f / static_cast<float>(in.s);
   RowCursor now(in, range.first), next = now;
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
   const auto load = [&](int64_t row) {
     if (row < range.last) {
       ring.load(row, 0, in.x.ptr, next.at(in.x.b, in.x.l), columns);
@@ -119,7 +114,6 @@ int forward(const ForwardParams& params, void* stream) {
     }
     at.grid = dim3(static_cast<unsigned>(parts_of(in) * groups));
     at.threads = shape.threads;
-    at.programmatic = in.b * in.l <= kRowsOfStep;
     return with_vectors(in.dtype, shape.vectors, [&](auto tag, auto vectors) {
       using T = typename decltype(tag)::type;
       constexpr int kArrays = gate() == GateKind::none ? 1 : 2;

@@ -197,8 +197,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
   const Shape& shape = params.in.shape;
   const int i_h = blockIdx.x % shape.h;
   const int64_t i_b = blockIdx.x / shape.h;
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
   const StepSlots slots = slots_of(params, i_b);
   const int64_t head = int64_t(i_h) * shape.p * shape.n;
   S* g_state = static_cast<S*>(params.state) + head;
@@ -240,7 +238,6 @@ int run_vectors(const StepParams& params, void* stream) {
   at.grid =
       dim3(static_cast<unsigned>(shape.b * shape.h), ceil_div(shape.p, L::kRows * L::kGroups));
   at.threads = kThreads;
-  at.programmatic = true;
   return launch(ssd_step_vectors<L>, at, stream, params);
 }
 
