@@ -9,8 +9,8 @@ namespace mamba2::ssd::sm90 {
 
 constexpr int kQ = 64, kP = 64;
 
-// Only exactly 9.0 runs this code: later cards have no wgmma. The forward pads p to 64: from p 32 on
-// it is still 1.4 to 2.4 times as fast as the portable path, which pads less.
+// Only exactly 9.0 runs this code: later cards have no wgmma. The forward pads p to 64: from p 32
+// on it is still faster than the portable path, which pads less (docs/kernels.md has the times).
 bool supports(const Problem& problem, const Device& device) {
   const Shape& s = problem.shape;
   const bool card = device.major == 9 && device.minor == 0;

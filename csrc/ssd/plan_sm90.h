@@ -7,8 +7,8 @@ namespace mamba2::ssd::sm90 {
 // Plan::variant. Forced by bits 4..7 of the op schemas' plan.
 constexpr int kTickets = 1, kSegments = 2;
 
-// A unit is one head's block of 64 channels. A block of threads takes two of one group; with n = 256
-// one, whose state takes the registers of both scanners.
+// A unit is one head's block of 64 channels. A block of threads takes two of one group; with
+// n = 256 one, whose state takes the registers of both scanners.
 constexpr int units_per_block(int n) { return n > 128 ? 1 : 2; }
 
 // Completes a plan of tier sm90: q, variant, segment_chunks, reason.
