@@ -121,11 +121,15 @@ struct Decays {
   bool more = true;  // walk is at a chunk, or before the first
   struct HalfInputs {
     float A = 0.f, bias = 0.f;
-    int head = 0;
-    uint32_t dt_bits[2] = {0, 0};  // of walk's chunk, on their way
+    uint32_t dt_bits[2] = {0, 0};
   };
-  HalfInputs inputs[kUnits];
-  bool reset[2] = {false, false};
+  struct Inputs {
+    HalfInputs of[kUnits];
+    bool reset[2] = {false, false};
+    int count = 0;
+  };
+  int head[kUnits] = {};
+  Inputs next;  // of walk's chunk, dt on its way
 
   MAMBA2_DEVICE Decays(const FusedScanArgs& args, Smem& s, int buffer, int lane)
       : args(args), s(s), buffer(buffer), lane(lane) {}
@@ -142,10 +146,10 @@ struct Decays {
       MAMBA2_UNROLL
       for (int half = 0; half < kUnits; ++half) {
         const Unit unit = unit_of<kUnits>(args, walk.task.pair, half);
-        HalfInputs& in = inputs[half];
-        in.head = half > 0 && !unit.active ? inputs[0].head : unit.head;  // idle: any that exists
-        in.A = mamba2::load<float>(args.steps.A, in.head);
-        if (args.steps.dt_bias) in.bias = mamba2::load<float>(args.steps.dt_bias, in.head);
+        HalfInputs& in = next.of[half];
+        head[half] = half > 0 && !unit.active ? head[0] : unit.head;  // idle: any that exists
+        in.A = mamba2::load<float>(args.steps.A, head[half]);
+        if (args.steps.dt_bias) in.bias = mamba2::load<float>(args.steps.dt_bias, head[half]);
       }
     }
   }
@@ -168,23 +172,23 @@ struct Decays {
       const int t = 2 * lane + k < c.count ? 2 * lane + k : c.count - 1;
       const int64_t at = c.row * args.steps.dt.b + int64_t(c.token + t) * args.steps.dt.l;
       MAMBA2_UNROLL
-      for (HalfInputs& in : inputs)
-        in.dt_bits[k] = load_dt_bits(args.steps, at + in.head * args.steps.dt.h);
-      if (args.steps.seq_idx) reset[k] = resets(args.steps, c.row, c.token + t);
+      for (int half = 0; half < kUnits; ++half)
+        next.of[half].dt_bits[k] = load_dt_bits(args.steps, at + head[half] * args.steps.dt.h);
+      if (args.steps.seq_idx) next.reset[k] = resets(args.steps, c.row, c.token + t);
     }
+    next.count = c.count;
   }
   struct Sums {
     float a[2], delta[2];
   };
-  MAMBA2_DEVICE Sums sums_of(const HalfInputs& in) const {
+  MAMBA2_DEVICE Sums sums_of(const HalfInputs& in, const bool (&reset)[2], int count) const {
     Sums sums;
     MAMBA2_UNROLL
     for (int k = 0; k < 2; ++k) {
       const float dt = dt_of_bits(args.steps, in.dt_bits[k]);
       const Step step = step_of(args.steps, dt, in.bias, in.A, reset[k]);
-      const bool in_chunk = 2 * lane + k < walk.chunk.count;
-      sums.delta[k] = in_chunk ? step.delta : 0.f;
-      sums.a[k] = in_chunk ? step.a_log2 : 0.f;
+      sums.delta[k] = 2 * lane + k < count ? step.delta : 0.f;
+      sums.a[k] = 2 * lane + k < count ? step.a_log2 : 0.f;
     }
     const float up_to = inclusive_sum(sums.a[0] + sums.a[1], lane);
     const float before = __shfl_up_sync(~0u, up_to, 1);
@@ -192,17 +196,15 @@ struct Decays {
     sums.a[1] = up_to;
     return sums;
   }
-  // One copy of the code for both units (see Scorer::weigh_units), which take turns in its
-  // registers.
-  MAMBA2_DEVICE void sum(Sums (&sums)[kUnits]) {
+  // One copy of the code for both units (see Scorer::weigh_units): the second one's inputs move up.
+  MAMBA2_DEVICE void sum(Sums (&sums)[kUnits], Inputs in) const {
     constexpr int kLast = kUnits - 1;
-    static_assert(kUnits <= 2, "two that change places twice");
+    static_assert(kUnits <= 2, "one that moves up");
     MAMBA2_NO_UNROLL
     for (int half = 0; half < kUnits; ++half) {
-      const HalfInputs in = inputs[0];
-      inputs[0] = inputs[kLast], inputs[kLast] = in;
       sums[0] = sums[kLast];
-      sums[kLast] = sums_of(in);
+      sums[kLast] = sums_of(in.of[0], in.reset, in.count);
+      in.of[0] = in.of[kLast];
     }
   }
   MAMBA2_DEVICE void store(const Sums& of, Weights<T, kUnits>& weights, int half) const {
@@ -225,11 +227,12 @@ struct Decays {
     tile::RingPosition<kBuffers> to{buffer};
     bool fetched = false;
     for (int skip = buffer + 1;; skip = kBuffers) {
-      Sums sums[kUnits];
-      if (fetched) sum(sums);
+      const Inputs now = next;
       step_over(skip);
       fetch();
       if (fetched) {
+        Sums sums[kUnits];
+        sum(sums, now);
         s.weights_ring.wait_empty(to);
         MAMBA2_UNROLL
         for (int half = 0; half < kUnits; ++half) store(sums[half], s.weights[buffer], half);
