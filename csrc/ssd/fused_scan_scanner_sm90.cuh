@@ -41,8 +41,14 @@ struct Scanner {
   // ---- the state at the ends of a run ----
   // Whether a row of the state is a channel, and not what pads p to 64.
   MAMBA2_DEVICE bool exists(int r) const { return unit.p_block * kP + me.row(r) < args.p; }
+  // The channel of a row. Padding reads what the last channel has: nothing of it is ever stored,
+  // and a load that is always made needs no register for whether it was.
+  MAMBA2_DEVICE int channel(int r) const {
+    const int p = unit.p_block * kP + me.row(r);
+    return kPadded && p >= args.p ? args.p - 1 : p;
+  }
   MAMBA2_DEVICE int64_t state_offset(int i_seq, int e) const {  // into (nseq, h, p, n)
-    const int p = unit.p_block * kP + me.row((e >> 1) & 1), n = part * kColumns + me.column(e / 4);
+    const int p = channel((e >> 1) & 1), n = part * kColumns + me.column(e / 4);
     return ((int64_t(i_seq) * args.h + unit.head) * args.p + p) * args.n + n;
   }
   MAMBA2_DEVICE float* carry(
@@ -58,9 +64,8 @@ struct Scanner {
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; e += 2) {
       const int64_t at = state_offset(i_seq, e);
-      const bool reads = kPadded ? given && exists((e >> 1) & 1) : given;
-      S[e] = reads ? mamba2::load<float>(args.initial_states, at) : 0.f;
-      S[e + 1] = reads ? mamba2::load<float>(args.initial_states, at + 1) : 0.f;
+      S[e] = given ? mamba2::load<float>(args.initial_states, at) : 0.f;
+      S[e + 1] = given ? mamba2::load<float>(args.initial_states, at + 1) : 0.f;
     }
   }
   MAMBA2_DEVICE void finish_sequence(const State& S, int i_seq) const {
@@ -117,10 +122,9 @@ struct Scanner {
     if (!args.D || !unit.active) return;
     MAMBA2_UNROLL
     for (int r = 0; r < 2; ++r) {
-      if (kPadded && !exists(r)) continue;
-      const int p = unit.p_block * kP + me.row(r);
-      D[r] = mamba2::load<float>(
-          args.D, args.D_per_channel ? int64_t(unit.head) * args.p + p : int64_t(unit.head));
+      D[r] =
+          mamba2::load<float>(args.D, args.D_per_channel ? int64_t(unit.head) * args.p + channel(r)
+                                                         : int64_t(unit.head));
     }
   }
   MAMBA2_DEVICE void enter_run(State& S, const StageInfo& info, float& through_log2) {
