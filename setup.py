@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 
 try:
     import pybind11
+    import torch
     from torch.utils import cpp_extension
 except ImportError as missing:
     raise SystemExit(
@@ -134,8 +135,19 @@ class Build(cpp_extension.BuildExtension):
 
     def build_extension(self, extension):
         everything, self.build_temp = self.build_temp, f"{self.build_temp}/{extension.name}"
+        if torch.version.cuda is None:
+            self.drop_stale_objects()
         super().build_extension(extension)
         self.build_temp = everything
+
+    def drop_stale_objects(self):
+        """Next to a CPU-only torch ninja is not told which headers a .cu file includes."""
+        headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")]
+        newest = max(path.stat().st_mtime for path in headers)
+        for built in Path(self.build_temp).rglob("*.o"):
+            source = (ROOT / built.relative_to(self.build_temp)).with_suffix(".cu")
+            if source.exists() and built.stat().st_mtime < newest:
+                built.unlink()
 
 
 toolkit = cuda_toolkit()

@@ -12,7 +12,7 @@ from pathlib import Path
 # Column of the table -> patterns of ncu's metric names, first match first, and a factor.
 COLUMNS = {
     "ms": ([r"gpu__time_duration\.sum"], {"ns": 1e-6, "us": 1e-3, "ms": 1, "s": 1e3}),
-    "HBM %": ([r"dram__throughput\.avg\.pct_of_peak_sustained_elapsed"], {}),
+    "HBM %": ([r"(gpu__)?dram_{1,2}throughput\.avg\.pct_of_peak_sustained_elapsed"], {}),
     "tensor %": (
         [
             r"sm__pipe_tensor\w*_cycles_active\.avg\.pct_of_peak_sustained_active",
@@ -24,7 +24,7 @@ COLUMNS = {
         [
             r"sm__inst_issued\.avg\.pct_of_peak_sustained_active",
             r"sm__inst_executed\.avg\.pct_of_peak_sustained_active",
-            r"smsp__issue_active\.avg\.pct",
+            r"smsp__issue_active\.avg\.pct_of_peak_sustained_active",
         ],
         {},
     ),
@@ -57,7 +57,7 @@ def summary(head, units, launch):
 
 
 def short_name(name):
-    name = name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "")
+    name = re.sub(r"\(anonymous namespace\)::|<?unnamed>::", "", name)
     name = re.sub(r"\(.*", "", name).removeprefix("void ")
     return re.sub(r"\b(mamba2|ssd)::", "", name)
 
