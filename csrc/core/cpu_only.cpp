@@ -6,10 +6,18 @@ namespace mamba2 {
 namespace {
 
 constexpr const char* kOperators[] = {
-    "ssd_scan_forward",          "ssd_scan_backward",          "ssd_scan_backward_out",
-    "ssd_segment_state_forward", "ssd_segment_state_backward", "ssd_step",
-    "causal_conv1d_forward",     "causal_conv1d_backward",     "causal_conv1d_step",
-    "gated_rmsnorm_forward",     "gated_rmsnorm_backward",     "norm_linear",
+    "ssd_scan_forward",
+    "ssd_scan_backward",
+    "ssd_scan_backward_out",
+    "ssd_segment_state_forward",
+    "ssd_segment_state_backward",
+    "ssd_step",
+    "causal_conv1d_forward",
+    "causal_conv1d_backward",
+    "causal_conv1d_step",
+    "gated_rmsnorm_forward",
+    "gated_rmsnorm_backward",
+    "norm_linear",
     "add_norm",
 };
 

@@ -7,12 +7,10 @@ namespace mamba2 {
 
 enum class DType : int { f64 = 0, f32 = 1, bf16 = 2, f16 = 3 };
 
-constexpr std::size_t size_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
-}
+constexpr std::size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 constexpr const char* name_of(DType t) {
-  return t == DType::f64   ? "float64"
-         : t == DType::f32 ? "float32"
+  return t == DType::f64    ? "float64"
+         : t == DType::f32  ? "float32"
          : t == DType::bf16 ? "bfloat16"
                             : "float16";
 }

@@ -16,9 +16,9 @@ namespace mamba2 {
 struct LaunchShape {
   dim3 grid;
   int threads = 0;
-  size_t smem_bytes = 0;       // dynamic shared memory
-  bool programmatic = false;   // programmatic dependent launch: the kernel calls ptx::griddepcontrol_wait
-  BlockTile tile = {};         // for `explain`
+  size_t smem_bytes = 0;      // dynamic shared memory
+  bool programmatic = false;  // may start early: the kernel calls ptx::griddepcontrol_wait
+  BlockTile tile = {};        // for `explain`
 };
 
 // Adds a launch to a log in its place.

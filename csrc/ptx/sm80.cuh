@@ -9,8 +9,8 @@ namespace mamba2::ptx {
 
 // 16 bytes from global to shared memory; zeros when not valid (the global address is not read).
 MAMBA2_DEVICE void cp_async_16(void* smem, const void* gmem, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(smem)),
-               "l"(gmem), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(smem)), "l"(gmem),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 MAMBA2_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

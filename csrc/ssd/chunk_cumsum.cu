@@ -1,7 +1,7 @@
 // chunk_cumsum: the step size and the cumulative log-decay inside each chunk,
 //   delta_t = clamp(softplus(dt_t + dt_bias)),  a_cumsum_log2_t = log2(e) sum_{u <= t} delta_u A
-// over the tokens u of the chunk (seq_idx: see steps.cuh). Tokens past the chunk's end get delta = 0
-// and decay 1, so that the last entry of a chunk is always its whole decay.
+// over the tokens u of the chunk (seq_idx: see steps.cuh). Tokens past the chunk's end get delta =
+// 0 and decay 1, so that the last entry of a chunk is always its whole decay.
 //
 // grid: (chunk, 16 heads), heads fastest. dt is read along the heads (its contiguous direction) and
 // written along the tokens, turned over in shared memory; a warp then scans one head's tokens, 32
@@ -63,7 +63,9 @@ MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, in
 }
 
 template <int q>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64 ? 6 : q == 128 ? 4 : 3)
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64    ? 6
+                                               : q == 128 ? 4
+                                                          : 3)
     chunk_cumsum_kernel(MAMBA2_GRID_CONSTANT const CumsumParams params) {
   CumsumShared<q>& shared = *static_cast<CumsumShared<q>*>(ptx::dynamic_smem());
   const int head_tiles = ceil_div(params.h, kHeads);
@@ -108,7 +110,7 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
                  void* stream, float* a_rest_log2, float* a_run_log2) {
   const Range range("chunk_cumsum");
-  const CumsumParams params{step_inputs(in), chunking,      in.shape.h, delta,
+  const CumsumParams params{step_inputs(in), chunking,    in.shape.h, delta,
                             a_cumsum_log2,   a_rest_log2, a_run_log2};
   const int64_t chunks = in.shape.chunks(chunking.q);
   switch (chunking.q) {

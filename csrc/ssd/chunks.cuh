@@ -28,8 +28,8 @@ struct Sequence {
 struct Chunking {
   int q = 64;
   int64_t l = 0;
-  int chunks_per_row = 0;          // dense
-  const int4* table = nullptr;     // packed: (chunks) {i_seq, token, count, i_c << 1 | is_last}
+  int chunks_per_row = 0;            // dense
+  const int4* table = nullptr;       // packed: (chunks) {i_seq, token, count, i_c << 1 | is_last}
   const int* first_chunk = nullptr;  // packed: (nseq + 1) first chunk of each sequence
   const int* first_token = nullptr;  // packed: (nseq + 1) first token of each sequence
 

@@ -24,9 +24,9 @@ bool supports(const Problem& problem, const Device& device) {
 namespace {
 
 // In units of one chunk of one pair (about 1.3 us on an H200):
-constexpr double kTaskOverhead = 0.6;    // filling the ring, taking over a state
-constexpr double kPassOneShare = 0.55;   // pass one's time beside pass two's
-constexpr double kScanOverhead = 4;      // two more launches, their tails
+constexpr double kTaskOverhead = 0.6;       // filling the ring, taking over a state
+constexpr double kPassOneShare = 0.55;      // pass one's time beside pass two's
+constexpr double kScanOverhead = 4;         // two more launches, their tails
 constexpr double kBytesPerChunkTime = 5e6;  // what segment_scan moves meanwhile, all SMs together
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -76,8 +76,8 @@ void plan_forward(const Problem& problem, const Device& device, Plan* plan) {
                                 : cheapest(w, w.chunks_per_row, ticket_cost);
   const int64_t by_segment = cheapest(w, longest, segment_cost);
   const bool exact_only = plan->batch_invariant;
-  bool tickets = exact_only || (!shape.packed && ticket_cost(w, by_ticket) <=
-                                                     segment_cost(w, by_segment));
+  bool tickets =
+      exact_only || (!shape.packed && ticket_cost(w, by_ticket) <= segment_cost(w, by_segment));
   if (plan->variant == kTickets) tickets = true;
   if (plan->variant == kSegments && !exact_only) tickets = false;
   plan->variant = tickets ? kTickets : kSegments;

@@ -1,7 +1,7 @@
-// segment_scan: S_in[k + 1] = 2^through[k] S_in[k] + added[k], over the segments k of all sequences.
-// (A segment in which a sequence starts lets nothing through.) One thread holds four elements of one
-// unit's state and walks the segments; the loads of kAhead segments are in flight at once.
-// Bytes: 8 a state element and segment.
+// segment_scan: S_in[k + 1] = 2^through[k] S_in[k] + added[k], over the segments k of all
+// sequences. (A segment in which a sequence starts lets nothing through.) One thread holds four
+// elements of one unit's state and walks the segments; the loads of kAhead segments are in flight
+// at once. Bytes: 8 a state element and segment.
 #include "../core/launch.h"
 #include "../ptx/common.cuh"
 #include "fused_scan_sm90.h"

@@ -21,7 +21,8 @@ struct Shape {
 };
 
 // A (b, l, h, p)-like tensor: element strides of the first three dims, the last has stride 1.
-// For B and C "h" is the group; for dt (b, l, h) the last dim is h itself: stride h, no further dim.
+// For B and C "h" is the group; for dt (b, l, h) the last dim is h itself: stride h, no further
+// dim.
 struct Strided {
   const void* ptr = nullptr;
   int64_t b = 0, l = 0, h = 0;

@@ -1,5 +1,5 @@
-// Tier sm80, forward: the stages on tensor cores by mma.sync, chunk-parallel, in three launches (more
-// when packed, and when long sequences are cut into segments):
+// Tier sm80, forward: the stages on tensor cores by mma.sync, chunk-parallel, in three launches
+// (more when packed, and when long sequences are cut into segments):
 //   [chunk_table] -> chunk_cumsum -> chunk_state + state_passing -> chunk_scan
 // Each starts while the one before it drains (programmatic dependent launch, sm_90 on).
 // Workspace: delta and a_cumsum_log2, 8 bytes a token and head, and the states entering the chunks,

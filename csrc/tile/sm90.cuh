@@ -91,7 +91,7 @@ MAMBA2_DEVICE void product_ss(float (&d)[N / 2], const ATile& a, const BTile& b,
 // ---- fragments ----
 // The first elements of an array of registers.
 template <int kFirst, class E, int kAll>
-MAMBA2_DEVICE E (&front(E (&r)[kAll]))[kFirst] {
+MAMBA2_DEVICE E (&front(E (&r)[kAll])) [kFirst] {
   static_assert(kFirst <= kAll, "no more than there are");
   return reinterpret_cast<E(&)[kFirst]>(r);
 }
