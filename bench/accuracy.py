@@ -8,16 +8,11 @@ autograd; the yardstick (mamba2_cuda.reference.yardstick) is what rounding the o
 products to bf16 costs by itself. Weak, usual and strong decay: |delta A| about 1e-4, 0.3 and 5.
 """
 
-import argparse
 import math
-import os
-import shlex
-import sys
-from pathlib import Path
 
 import torch
 
-from bench import rows, stamp
+from bench import command, rows
 from bench.rivals import install_mamba_ssm
 from mamba2_cuda import __version__, reference, ssd_scan
 from mamba2_cuda.reference.yardstick import yardstick
@@ -32,12 +27,7 @@ OURS, RIVAL, YARDSTICK = "mamba2_cuda", "mamba_ssm", "yardstick"
 
 def main():
     options = parse_options()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.accuracy measures on a GPU")
-    stamp.refuse_if_red(options.unchecked)
-    command = shlex.join(["python", "-m", "bench.accuracy", *sys.argv[1:]])
-    common = {"gpu": torch.cuda.get_device_name(), "graph": False,
-              **rows.provenance(command, options.commit)}  # fmt: skip
+    common = {"graph": False, **command.begin("accuracy", options)}
     scans = scans_of(options.impls, options.mamba_ssm)
     measured = []
     for decay in DECAYS:
@@ -48,14 +38,9 @@ def main():
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
-    out = os.environ.get("OUT", stamp.ROOT / "bench/results")
-    add = parser.add_argument
-    add("--impls", nargs="+", choices=(OURS, RIVAL), default=[OURS, RIVAL])
-    add("--mamba-ssm", help="folder of the unpacked sdist (or $MAMBA_SSM, or third_party/)")
-    add("--results", type=Path, default=Path(out), help="folder of h200_accuracy.json (or $OUT)")
-    add("--commit", default=None, help="what is measured, where git does not say")
-    add("--unchecked", action="store_true", help="measure without green tests, and save nothing")
+    parser = command.parser("accuracy", __doc__, "h200_accuracy.json")
+    command.add_mamba_ssm(parser)
+    parser.add_argument("--impls", nargs="+", choices=(OURS, RIVAL), default=[OURS, RIVAL])
     return parser.parse_args()
 
 

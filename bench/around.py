@@ -9,16 +9,11 @@ copy; copy_share, printed last, by copies as many, as large and called in the sa
 operator's calls (copy_ms): little data is slow to copy, too.
 """
 
-import argparse
-import os
-import shlex
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from bench import rows, stamp, timing
+from bench import command, rows, timing
 from mamba2_cuda import __version__
 from mamba2_cuda.ops import ssd_step  # registers the operators
 
@@ -49,13 +44,9 @@ class Problem:
 
 def main():
     options = parse_options()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.around measures on a GPU")
-    stamp.refuse_if_red(options.unchecked)
+    common = command.begin("around", options)
     copy_rate = timing.copy_bytes_per_second()
     print(f"{torch.cuda.get_device_name()}: copy {copy_rate / 1e12:.2f} TB/s")
-    command = shlex.join(["python", "-m", "bench.around", *sys.argv[1:]])
-    common = {"gpu": torch.cuda.get_device_name(), **rows.provenance(command, options.commit)}
     torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot capture the default stream
     measured = []
     for problem in problems(options.ops):
@@ -67,13 +58,8 @@ def main():
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(prog="python -m bench.around", description=__doc__)
-    out = os.environ.get("OUT", stamp.ROOT / "bench/results")
-    add = parser.add_argument
-    add("--ops", nargs="+", choices=OPS, default=list(OPS))
-    add("--results", type=Path, default=Path(out), help="folder of h200_around.json (or $OUT)")
-    add("--commit", default=None, help="what is measured, where git does not say")
-    add("--unchecked", action="store_true", help="measure without green tests, and save nothing")
+    parser = command.parser("around", __doc__, "h200_around.json")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     return parser.parse_args()
 
 

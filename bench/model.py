@@ -14,19 +14,14 @@ reported and the rest goes on; after --seconds nothing new is begun.
 Refuses when the tests of these sources were not green on this machine's GPU, as bench.run.
 """
 
-import argparse
 import gc
-import os
-import shlex
 import statistics
-import sys
 import time
 import traceback
-from pathlib import Path
 
 import torch
 
-from bench import rows, stamp, timing
+from bench import command, rows, timing
 from bench.model_rivals import MAKERS
 from mamba2_cuda.training import Recipe
 from mamba2_cuda.training.recipe import make_optimizer
@@ -38,13 +33,8 @@ BATCH, LENGTH = 8, 2048  # of the training step
 
 def main():
     options = parse_options()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.model measures on a GPU")
-    stamp.refuse_if_red(options.unchecked)
+    common = {"dtype": "bf16", **command.begin("model", options)}
     begin = time.perf_counter()
-    command = shlex.join(["python", "-m", "bench.model", *sys.argv[1:]])
-    common = {"dtype": "bf16", "gpu": torch.cuda.get_device_name()}
-    common |= rows.provenance(command, options.commit)
     measured = []
     for name in options.impls:
         maker = attempt(name, lambda name=name: MAKERS[name](options.mamba_ssm))
@@ -62,19 +52,12 @@ def main():
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.model", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    out = os.environ.get("OUT", stamp.ROOT / "bench/results")
+    parser = command.parser("model", __doc__, "h200_model.json")
+    command.add_mamba_ssm(parser)
     add = parser.add_argument
     add("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     add("--impls", nargs="+", choices=MAKERS, default=list(MAKERS))
     add("--seconds", type=float, default=600, help="after which nothing new is begun (600)")
-    add("--mamba-ssm", help="folder of the unpacked sdist (or $MAMBA_SSM, or third_party/)")
-    add("--results", type=Path, default=Path(out), help="folder (or $OUT)")
-    add("--commit", default=None, help="what is measured, where git does not say")
-    add("--unchecked", action="store_true", help="without green tests; saves nothing")
     return parser.parse_args()
 
 

@@ -8,15 +8,9 @@ Refuses when the tests of these sources were not green on this machine's GPU: ru
 `python -m pytest -p bench.stamp` first.
 """
 
-import argparse
-import os
-import shlex
-import sys
-from pathlib import Path
-
 import torch
 
-from bench import figure, rows, stamp, timing
+from bench import command, figure, rows, timing
 from bench.rivals import implementations
 from bench.shapes import (
     LAUNCH_BOUND,
@@ -35,18 +29,11 @@ OPS = ("fwd", "bwd", "train")
 
 def main():
     options = parse_options()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.run measures on a GPU; python -m bench.cpu measures on the CPU")
-    stamp.refuse_if_red(options.unchecked)
+    common = command.begin("run", options)
     found, missing = implementations(options.impls, options.mamba_ssm)
     print("not here:", *(missing or ["none"]), sep="\n  ")
     copy_rate = timing.copy_bytes_per_second()
     print(f"{torch.cuda.get_device_name()}: copy {copy_rate / 1e12:.2f} TB/s")
-    command = shlex.join(["python", "-m", "bench.run", *sys.argv[1:]])
-    common = {
-        "gpu": torch.cuda.get_device_name(),
-        **rows.provenance(command, options.commit),
-    }
     torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot capture the default stream
     name = "h200_sweep.json" if options.sweep else "h200.json"
     measured = []
@@ -69,17 +56,13 @@ def problems(options):
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    out = os.environ.get("OUT", stamp.ROOT / "bench/results")
+    parser = command.parser("run", __doc__, "h200.json")
+    command.add_mamba_ssm(parser)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     add("--impls", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     add("--ops", nargs="+", choices=OPS, default=list(OPS))
     add("--sweep", action="store_true", help="time against length and state size, and the figure")
-    add("--mamba-ssm", help="folder of the unpacked sdist (or $MAMBA_SSM, or third_party/)")
-    add("--results", type=Path, default=Path(out), help="folder of h200.json (or $OUT)")
-    add("--commit", default=None, help="what is measured, where git does not say")
-    add("--unchecked", action="store_true", help="measure without green tests, and save nothing")
     return parser.parse_args()
 
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/rows.h"
 
 namespace mamba2::causal_conv1d {
 
@@ -16,16 +17,6 @@ struct Shape {
   int64_t nseq = 0;     // b, or the number of packed sequences
   int d = 0, w = 0;     // channels, width
   bool packed = false;  // cu_seqlens was given (then b == 1)
-};
-
-// (b, l, d): element strides of the first two dims, the last has stride 1.
-struct Rows {
-  const void* ptr = nullptr;
-  int64_t b = 0, l = 0;
-};
-struct RowsOut {
-  void* ptr = nullptr;
-  int64_t b = 0, l = 0;
 };
 
 struct Inputs {

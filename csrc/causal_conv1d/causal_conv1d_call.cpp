@@ -9,23 +9,6 @@ constexpr const char* kForward = "causal_conv1d";
 constexpr const char* kBackward = "causal_conv1d_backward";
 constexpr const char* kStep = "causal_conv1d_step";
 
-const Tensor& keep(std::vector<Tensor>& kept, Tensor t) {
-  kept.push_back(std::move(t));
-  return kept.back();
-}
-Rows rows(const Tensor& t) {
-  const auto strides = t.strides();
-  return {t.const_data_ptr(), strides[0], strides[1]};
-}
-RowsOut rows_out(const Tensor& t) {
-  const auto strides = t.strides();
-  return {t.mutable_data_ptr(), strides[0], strides[1]};
-}
-Sizes sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return Sizes(sizes.begin(), sizes.end());
-}
-
 // weight (d, w) and bias (d) beside the d channels of x; returns w.
 int check_weights(const ArgumentCheck& check, const Tensor& weight, const OptionalTensor& bias,
                   int64_t d) {
@@ -65,13 +48,8 @@ Shape check_arguments(const char* op, const Arguments& a) {
   shape.d = static_cast<int>(a.x.size(2));
   shape.w = check_weights(check, a.weight, a.bias, shape.d);
   if (a.cu_seqlens) {
-    check.shape("cu_seqlens", *a.cu_seqlens, {{"nseq + 1"}});
-    check.dtype("cu_seqlens", *a.cu_seqlens, {ScalarType::Int, ScalarType::Long});
-    check.device("cu_seqlens", *a.cu_seqlens);
-    if (a.cu_seqlens->size(0) < 1) check.that(false, "cu_seqlens", "(nseq + 1,)", "(0,)");
-    if (shape.b != 1) check.that(false, "x's b", "1 with cu_seqlens", shape.b);
     shape.packed = true;
-    shape.nseq = a.cu_seqlens->size(0) - 1;
+    shape.nseq = check_cu_seqlens(check, *a.cu_seqlens, shape.b);
   }
   check_states(check, "initial_states", a.initial_states, shape, a.x.scalar_type());
   return shape;

@@ -15,15 +15,6 @@ void* pointer(const Tensor& scratch) {
   return scratch.numel() > 0 ? scratch.mutable_data_ptr() : nullptr;
 }
 
-// Without a token the final states are the initial ones, or zeros; and their gradients likewise.
-void fill(Tensor to, const OptionalTensor& from) {
-  if (to.numel() == 0) return;
-  if (from) {
-    torch::stable::copy_(to, *from);
-  } else {
-    torch::stable::zero_(to);
-  }
-}
 bool has_no_token(const Shape& shape) { return shape.b == 0 || shape.l == 0; }
 
 ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
@@ -32,7 +23,7 @@ ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
   const Range range("causal_conv1d");
   const ForwardCall call =
       prepare_forward({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
-  if (has_no_token(call.params.in.shape)) {
+  if (has_no_token(call.params.in.shape)) {  // the final states are the initial ones, or zeros
     fill(call.final_states, initial_states);
     return {call.y, call.final_states};
   }

@@ -64,4 +64,22 @@ Tensor compact(const Tensor& t) { return t.is_contiguous() && aligned(t) ? t : c
 // A contiguous tensor of odd sizes is not copied: its copy would lie no better.
 Tensor readable(const Tensor& t) { return readable_in_place(t) ? t : compact(t); }
 
+void fill(Tensor to, const OptionalTensor& from) {
+  if (to.numel() == 0) return;
+  if (from) {
+    torch::stable::copy_(to, *from);
+  } else {
+    torch::stable::zero_(to);
+  }
+}
+
+int64_t check_cu_seqlens(const ArgumentCheck& check, const Tensor& cu_seqlens, int64_t b) {
+  check.shape("cu_seqlens", cu_seqlens, {{"nseq + 1"}});
+  check.dtype("cu_seqlens", cu_seqlens, {ScalarType::Int, ScalarType::Long});
+  check.device("cu_seqlens", cu_seqlens);
+  if (cu_seqlens.size(0) < 1) check.that(false, "cu_seqlens", "(nseq + 1,)", "(0,)");
+  if (b != 1) check.that(false, "x's b", "1 with cu_seqlens", b);
+  return cu_seqlens.size(0) - 1;
+}
+
 }  // namespace mamba2

@@ -7,10 +7,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 #include "dtype.h"
+#include "rows.h"
 
 // The library's operators live in this namespace; the host emulation registers the same table in
 // another one.
@@ -81,8 +83,31 @@ Tensor readable(const Tensor& t);
 // `t` itself where it is contiguous and its address a multiple of 16 bytes, else such a copy.
 Tensor compact(const Tensor& t);
 
-inline const void* pointer_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 // A small contiguous array of any floating dtype.
 inline AnyFloat any_float(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
+// A (b, l, d) tensor whose last stride is 1.
+inline Rows rows(const Tensor& t) {
+  const auto strides = t.strides();
+  return {t.const_data_ptr(), strides[0], strides[1]};
+}
+inline RowsOut rows_out(const Tensor& t) {
+  const auto strides = t.strides();
+  return {t.mutable_data_ptr(), strides[0], strides[1]};
+}
+
+inline Sizes sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+// Keeps `t` alive as long as a call whose parameters point into it.
+inline const Tensor& keep(std::vector<Tensor>& kept, Tensor t) {
+  kept.push_back(std::move(t));
+  return kept.back();
+}
+// to = from, or zeros where there is none. Leaves 0-element tensors alone.
+void fill(Tensor to, const OptionalTensor& from);
+
+// Checks cu_seqlens (nseq + 1), which wants b = 1; returns nseq.
+int64_t check_cu_seqlens(const ArgumentCheck& check, const Tensor& cu_seqlens, int64_t b);
 
 }  // namespace mamba2

@@ -8,18 +8,9 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/rows.h"
 
 namespace mamba2::gated_rmsnorm {
-
-// (b, l, d): element strides of the first two dims, the last has stride 1.
-struct Rows {
-  const void* ptr = nullptr;
-  int64_t b = 0, l = 0;
-};
-struct RowsOut {
-  void* ptr = nullptr;
-  int64_t b = 0, l = 0;
-};
 
 struct Inputs {
   int64_t b = 0, l = 0;

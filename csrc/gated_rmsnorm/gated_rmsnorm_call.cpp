@@ -3,23 +3,6 @@
 namespace mamba2::gated_rmsnorm {
 namespace {
 
-const Tensor& keep(std::vector<Tensor>& kept, Tensor t) {
-  kept.push_back(std::move(t));
-  return kept.back();
-}
-Rows rows(const Tensor& t) {
-  const auto strides = t.strides();
-  return {t.const_data_ptr(), strides[0], strides[1]};
-}
-RowsOut rows_out(const Tensor& t) {
-  const auto strides = t.strides();
-  return {t.mutable_data_ptr(), strides[0], strides[1]};
-}
-Sizes sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return Sizes(sizes.begin(), sizes.end());
-}
-
 void check_like_x(const ArgumentCheck& check, const char* name, const Tensor& t, const Tensor& x) {
   check.shape(name, t, {{"b", x.size(0)}, {"l", x.size(1)}, {"d", x.size(2)}});
   check.dtype(name, t, {x.scalar_type()});

@@ -3,10 +3,6 @@
 namespace mamba2::norm_linear {
 namespace {
 
-const Tensor& keep(std::vector<Tensor>& kept, Tensor t) {
-  kept.push_back(std::move(t));
-  return kept.back();
-}
 // Rows whose elements are consecutive are read where they lie, whatever is between the rows.
 Matrix matrix(std::vector<Tensor>& kept, const Tensor& t) {
   const bool in_place = t.size(1) == 1 || t.strides()[1] == 1;

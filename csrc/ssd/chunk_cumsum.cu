@@ -5,15 +5,12 @@
 //
 // grid: (chunk, 16 heads), heads fastest. dt is read along the heads (its contiguous direction) and
 // written along the tokens, turned over in shared memory; a warp then scans one head's tokens, 32
-// at a time. In chunks of 128 tokens and more the sums are fp64, and what their rounding to fp32
-// loses is an output of its own, for the backward: a token between two resets, or between two
-// tokens that forget all, takes part in the decay gradient with the decay of a pair
-// (docs/numerics.md). Or the sums are counted anew from the first of each run of 16 tokens, which
-// serves the same end where runs are what a kernel works on. Shared memory: 2 x 16 x (q + 2)
-// floats. Bound by the 8 h q bytes it writes a chunk (21 MB at b 8, l 4096, h 80) and by latency
-// when the problem is small.
-#include <type_traits>
-
+// at a time. The sums are fp64, and what their rounding to fp32 loses is an output of its own, for
+// the backward: a token between two resets, or between two tokens that forget all, takes part in
+// the decay gradient with the decay of a pair (docs/numerics.md). Or the sums are counted anew from
+// the first of each run of 16 tokens, which serves the same end where runs are what a kernel works
+// on. Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a chunk (21 MB at
+// b 8, l 4096, h 80) and by latency when the problem is small.
 #include "../core/launch.h"
 #include "../ptx/common.cuh"
 #include "launch.h"
@@ -63,9 +60,7 @@ MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, in
 }
 
 template <int q>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64    ? 6
-                                               : q == 128 ? 4
-                                                          : 3)
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 128 ? 4 : 3)
     chunk_cumsum_kernel(MAMBA2_GRID_CONSTANT const CumsumParams params) {
   CumsumShared<q>& shared = *static_cast<CumsumShared<q>*>(ptx::dynamic_smem());
   const int head_tiles = ceil_div(params.h, kHeads);
@@ -76,14 +71,13 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 64    ? 6
   load_steps(params, chunk, head_base, shared);
   __syncthreads();
 
-  using Sum = std::conditional_t<q == 64, float, double>;
   const int lane = threadIdx.x % 32;
   for (int head = threadIdx.x / 32; head < kHeads && head_base + head < params.h; head += kWarps) {
     const int64_t out = (static_cast<int64_t>(i_chunk) * params.h + head_base + head) * q;
-    Sum before = 0;
+    double before = 0;
     MAMBA2_UNROLL for (int t = lane; t < q; t += 32) {
-      const Sum sum = inclusive_sum(Sum(shared.a[head][t]), lane) + before;
-      const Sum middle = __shfl_sync(~0u, sum, kDecayRun - 1);
+      const double sum = inclusive_sum(double(shared.a[head][t]), lane) + before;
+      const double middle = __shfl_sync(~0u, sum, kDecayRun - 1);
       if (params.a_run_log2)
         params.a_run_log2[out + t] = static_cast<float>(sum - (lane < kDecayRun ? before : middle));
       before = __shfl_sync(~0u, sum, 31);
@@ -114,8 +108,6 @@ int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float
                             a_cumsum_log2,   a_rest_log2, a_run_log2};
   const int64_t chunks = in.shape.chunks(chunking.q);
   switch (chunking.q) {
-    case 64:
-      return run<64>(params, chunks, stream);
     case 128:
       return run<128>(params, chunks, stream);
     case 256:

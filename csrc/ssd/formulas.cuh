@@ -9,7 +9,6 @@ namespace mamba2::ssd {
 // 2^-160 is 0 in fp32 with a wide margin, and a chunk of such tokens keeps its sums small.
 constexpr double kMinDecayLog2 = -160.0;
 constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 // log(1 + e^v); above 20 the difference to v is below fp32 rounding.
 template <class T>

@@ -27,8 +27,8 @@ int zero_beyond_last_chunk(const Chunking& chunking, const Shape& shape, void* k
 
 // ---- chunk_cumsum.cu ----
 constexpr int kDecayRun = 16;  // tokens
-// q of `chunking` is 64, 128 or 256. a_rest_log2 (chunks, h, q), optional: what a_cumsum_log2 loses
-// by being fp32, so that differences of both together are exact to fp32. q of 128 and 256 alone.
+// q of `chunking` is 128 or 256. a_rest_log2 (chunks, h, q), optional: what a_cumsum_log2 loses
+// by being fp32, so that differences of both together are exact to fp32.
 // a_run_log2 (chunks, h, q), optional: the same sums, counted anew from the first token of each
 // kDecayRun.
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,

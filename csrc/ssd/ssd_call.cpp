@@ -4,10 +4,6 @@ namespace mamba2::ssd {
 namespace {
 
 // Keeps `t` alive for the call, as a copy where it cannot be read in place.
-const Tensor& keep(std::vector<Tensor>& kept, Tensor t) {
-  kept.push_back(std::move(t));
-  return kept.back();
-}
 
 Strided strided(const Tensor& t) {
   const auto strides = t.strides();
@@ -50,11 +46,6 @@ Inputs make_inputs(const ScanArguments& a, const Shape& shape, std::vector<Tenso
 }
 
 Sizes sizes_of_states(const Shape& shape) { return {shape.nseq, shape.h, shape.p, shape.n}; }
-
-Sizes sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return Sizes(sizes.begin(), sizes.end());
-}
 
 // Fills a BackwardCall's outputs, one after another; each absent one is a tensor of its own.
 class GradientOutputs {

@@ -66,14 +66,9 @@ void check_parameters(const ArgumentCheck& check, const ScanArguments& a, const 
 
 void check_sequences(const ArgumentCheck& check, const ScanArguments& a, Shape& shape) {
   if (a.cu_seqlens) {
-    check.shape("cu_seqlens", *a.cu_seqlens, {{"nseq + 1"}});
-    check.dtype("cu_seqlens", *a.cu_seqlens, {ScalarType::Int, ScalarType::Long});
-    check.device("cu_seqlens", *a.cu_seqlens);
-    if (a.cu_seqlens->size(0) < 1) check.that(false, "cu_seqlens", "(nseq + 1,)", "(0,)");
-    if (shape.b != 1) check.that(false, "x's b", "1 with cu_seqlens", shape.b);
+    shape.nseq = check_cu_seqlens(check, *a.cu_seqlens, shape.b);
     if (a.seq_idx) check.that(false, "seq_idx", "None with cu_seqlens", "a tensor");
     shape.packed = true;
-    shape.nseq = a.cu_seqlens->size(0) - 1;
   }
   if (a.seq_idx) {
     check.shape("seq_idx", *a.seq_idx, {{"b", shape.b}, {"l", shape.l}});

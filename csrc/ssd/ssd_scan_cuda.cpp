@@ -27,23 +27,10 @@ struct Scratch {
 
 bool has_no_token(const Shape& shape) { return shape.b == 0 || shape.l == 0; }
 
-Sizes sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return Sizes(sizes.begin(), sizes.end());
-}
 Tensor zeros_like(const Tensor& t) {
   Tensor zeros = allocate(sizes_of(t), t.scalar_type(), t);
   torch::stable::zero_(zeros);
   return zeros;
-}
-// to = from, or zeros where there is none. Of no use to 0-element tensors.
-void fill(Tensor to, const OptionalTensor& from) {
-  if (to.numel() == 0) return;
-  if (from) {
-    torch::stable::copy_(to, *from);
-  } else {
-    torch::stable::zero_(to);
-  }
 }
 
 Problem problem_of(const Inputs& in, bool backward, bool save_states) {

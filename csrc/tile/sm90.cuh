@@ -109,18 +109,6 @@ MAMBA2_DEVICE void load_transposed(uint32_t (&a)[4 * kSteps], const void* panel,
     for (int i = 0; i < 4; ++i) a[4 * s + i] = r[i];
   }
 }
-// The inverse: an accumulator (m, k), rounded, into a panel as its transpose [k][m].
-template <class T, int N>
-MAMBA2_DEVICE void store_transposed(void* panel, const float (&d)[N / 2], const Lane& me) {
-  const int k = (me.lane & 7) + ((me.lane >> 4) & 1) * 8;
-  const int m = 16 * me.warp + ((me.lane >> 3) & 1) * 8;
-  MAMBA2_UNROLL
-  for (int s = 0; s < N / 16; ++s) {
-    const float* e = d + 8 * s;
-    ptx::stmatrix_x4_trans(panel_address(panel, 16 * s + k, m), pack2<T>(e[0], e[1]),
-                           pack2<T>(e[2], e[3]), pack2<T>(e[4], e[5]), pack2<T>(e[6], e[7]));
-  }
-}
 // The inverse: A fragments (m, k) into a panel as their transpose [k][m].
 template <int kSteps>
 MAMBA2_DEVICE void store_fragments_transposed(void* panel, const uint32_t (&a)[4 * kSteps],
