@@ -48,7 +48,8 @@ struct FinishingSide {
     const int column = thread % kRowUnits * kUnit, first = thread / kRowUnits, rows = task.own();
     const int64_t token = task.chunk.token + task.block * kBlock + first;
     T* out = static_cast<T*>(args.dx.ptr) + task.chunk.row * args.dx.b + token * args.dx.l +
-             head * args.dx.h + column;
+             args.tensor_head(head) * args.dx.h + args.channel(head) + column;
+    if (column >= args.channels(head)) return;
     MAMBA2_UNROLL
     for (int pass = 0; pass < ceil_div(kBlock, kRowsAtOnce); ++pass) {
       const int row = first + pass * kRowsAtOnce;

@@ -19,7 +19,7 @@
 // +
 //   dx: 224 KB at n = 128. Registers: 224 and 240 a consumer thread, 40 the others.
 // Bound by HBM (80 KB a chunk and head), with issue slots and the tensor pipe close behind.
-// Not supported: p other than 64, n other than 64 and 128.
+// Not supported: n other than 64 and 128.
 #include "../core/launch.h"
 #include "chunk_scan_backward_finish_sm90.cuh"
 #include "chunk_scan_backward_state_sm90.cuh"
@@ -52,6 +52,8 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   for (int i = 0; i < task.heads; ++i) {
     const int head = task.first_head + i;
     const int64_t index = args.head_at(task.i_chunk, head);
+    const int64_t scalars = args.delta_at(task.i_chunk, head) * kBackwardQ;
+    const int tensor_head = args.tensor_head(head), channel = args.channel(head);
 
     const StateSlot state(i);
     StateStage<T, kN>& states = s.states[state.stage];
@@ -68,12 +70,13 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     full = &s.tokens_ring.full[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, bytes);
-    ptx::tma_load_4d(stage.x, &args.x, 0, head, own, chunk.row, full);
-    ptx::tma_load_4d(stage.dy[0], &args.dy, 0, head, own, chunk.row, full);
-    if (earlier) ptx::tma_load_4d(stage.dy[1], &args.dy, 0, head, later, chunk.row, full);
-    ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + index * kBackwardQ, kScalars, full);
-    ptx::bulk_load(stage.a_run_log2, args.a_run_log2 + index * kBackwardQ, kScalars, full);
-    ptx::bulk_load(stage.delta, args.delta + index * kBackwardQ, kScalars, full);
+    ptx::tma_load_4d(stage.x, &args.x, channel, tensor_head, own, chunk.row, full);
+    ptx::tma_load_4d(stage.dy[0], &args.dy, channel, tensor_head, own, chunk.row, full);
+    if (earlier)
+      ptx::tma_load_4d(stage.dy[1], &args.dy, channel, tensor_head, later, chunk.row, full);
+    ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + scalars, kScalars, full);
+    ptx::bulk_load(stage.a_run_log2, args.a_run_log2 + scalars, kScalars, full);
+    ptx::bulk_load(stage.delta, args.delta + scalars, kScalars, full);
     ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
   }
   if (!earlier) return;

@@ -98,31 +98,43 @@ MAMBA2_DEVICE void load_run(float (&r)[kRun], const float* from) {
   }
 }
 
+template <int kRun>
+MAMBA2_DEVICE void add_run(float (&sum)[kRun], const float* from) {
+  float v[kRun];
+  load_run(v, from);
+  MAMBA2_UNROLL
+  for (int k = 0; k < kRun; ++k) sum[k] += v[k];
+}
+
 // One head of the chunk: d delta into shared memory, the chunk's share of dA to global memory.
 template <int kRun>
 MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, const Chunk& chunk,
                                   int i_c, int i_h, int lane) {
   const DeltaGradientParts& parts = g.parts;
-  const int64_t all = g.chunks * g.h * (32 * kRun);
+  constexpr int kTokens = 32 * kRun;
   const int first = lane * kRun;
-  const int64_t at = (int64_t(i_c) * g.h + i_h) * (32 * kRun) + first;
+  const int64_t head = int64_t(i_c) * g.h + i_h, part = head * parts.head_parts;
+  const int64_t at = part * kTokens + first, all = g.chunks * g.h * parts.head_parts;
   const float A = load<float>(g.A, i_h);
   // log_decay of a segment is the plain sum: the clamp of a token's decay is not in its gradient.
   const float d_log_decay = g.d_log_decay ? g.d_log_decay[int64_t(chunk.i_seq) * g.h + i_h] : 0.f;
   float through = 0;
-  for (int i = 0; i < parts.through_parts; ++i)
-    through += parts.through[(i * g.chunks + i_c) * g.h + i_h];
+  for (int i = 0; i < parts.through_parts; ++i) through += parts.through[i * all + part];
 
   float delta[kRun], across[kRun], to_state[kRun], d_delta[kRun];
-  load_run(delta, parts.delta + at);
+  load_run(delta, parts.delta + head * kTokens + first);
   load_run(across, parts.rows + at);
   load_run(to_state, parts.to_state + at);
   load_run(d_delta, parts.columns + at);
-  for (int i = 0; i < parts.from_state_parts; ++i) {
-    float from_state[kRun];
-    load_run(from_state, parts.from_state + i * all + at);
-    MAMBA2_UNROLL
-    for (int k = 0; k < kRun; ++k) across[k] += from_state[k];
+  for (int i = 0; i < parts.from_state_parts; ++i)
+    add_run(across, parts.from_state + i * all * kTokens + at);
+  for (int i = 1; i < parts.head_parts; ++i) {
+    const int64_t next = at + i * kTokens;
+    through += parts.through[part + i];
+    add_run(across, parts.rows + next);
+    add_run(across, parts.from_state + next);
+    add_run(to_state, parts.to_state + next);
+    add_run(d_delta, parts.columns + next);
   }
   MAMBA2_UNROLL
   for (int k = 0; k < kRun; ++k) {

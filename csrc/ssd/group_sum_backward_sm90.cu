@@ -46,16 +46,24 @@ MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk) {
 MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
   const int64_t width = int64_t(args.h) * kHeadDim;
   const float* blocks = args.dD_blocks + blockIdx.x * 2 * width;
-  for (int i = threadIdx.x; i < width; i += kThreads) {
-    float sum = exists ? blocks[i] + blocks[width + i] : 0.f;
-    if (args.D_per_channel) {
-      args.dD[blockIdx.x * width + i] = sum;
-      continue;
+  if (args.D_per_channel) {
+    const int channels = args.tensor_h * args.p;
+    for (int i = threadIdx.x; i < channels; i += kThreads) {
+      const int at = i / args.p * args.splits * kHeadDim + i % args.p;
+      args.dD[int64_t(blockIdx.x) * channels + i] = exists ? blocks[at] + blocks[width + at] : 0.f;
     }
-    // Two warps hold a head's 64 tokens: both add up all of them.
-    if (exists) sum += blocks[i ^ 32] + blocks[width + (i ^ 32)];
+    return;
+  }
+  // A warp adds up a head of the tensors: the tokens' dy_t . x_t over all of its 64 channels.
+  const int lane = threadIdx.x % 32, tokens = args.splits * kHeadDim;
+  for (int head = threadIdx.x / 32; head < args.tensor_h; head += kThreads / 32) {
+    float sum = 0;
+    for (int i = lane; exists && i < tokens; i += 32) {
+      const int at = head * tokens + i;
+      sum += blocks[at] + blocks[width + at];
+    }
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (i % kHeadDim == 0) args.dD[int64_t(blockIdx.x) * args.h + i / kHeadDim] = sum;
+    if (lane == 0) args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = sum;
   }
 }
 

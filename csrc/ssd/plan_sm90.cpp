@@ -9,15 +9,15 @@ namespace mamba2::ssd::sm90 {
 
 constexpr int kQ = 64, kP = 64;
 
-// Only exactly 9.0 runs this code: later cards have no wgmma. The forward pads p to 64: from p 32
-// on it is still faster than the portable path, which pads less (docs/kernels.md has the times).
+// Only exactly 9.0 runs this code: later cards have no wgmma. Both directions pad p to 64: from p
+// 32 on the forward is still faster than the portable path, which pads less (docs/kernels.md has
+// the times).
 bool supports(const Problem& problem, const Device& device) {
   const Shape& s = problem.shape;
   const bool card = device.major == 9 && device.minor == 0;
   const bool type = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
-  const bool gradients = s.p == kP && !problem.has_z;  // what the backward takes
-  const bool forward = s.p % 8 == 0 && s.p >= 32 && s.p <= 256;
-  return card && type && (problem.backward ? gradients : forward) &&
+  const bool heads = s.p % 8 == 0 && s.p >= 32 && s.p <= 256;
+  return card && type && heads && !(problem.backward && problem.has_z) &&
          (s.n == 64 || s.n == 128 || (s.n == 256 && !problem.backward));
 }
 

@@ -9,6 +9,10 @@
 // S is the state that enters a chunk of q = 128 tokens, G the gradient of the state that leaves it.
 // A state in memory is an image of its tile in shared memory: n / 64 panels of (p = 64) x 64
 // elements, swizzled, so that one bulk copy moves it and wgmma reads it as it lies.
+//
+// These kernels' heads have 64 channels. A head of p channels is ceil(p / 64) of theirs, which
+// share delta, B and C: what they give to d delta is added up by delta_backward, to dB and dC as
+// any heads of a group's. Channels beyond p are read as zero and not written.
 #pragma once
 #include "../tile/sm90.cuh"
 #include "chunks.cuh"
@@ -18,28 +22,31 @@ namespace mamba2::ssd::sm90 {
 
 constexpr int kBackwardQ = 128;  // tokens a chunk: twice as many would double the work on U
 constexpr int kBlock = 64;       // tokens a block: M of one wgmma, a box of a tensor map
-constexpr int kHeadDim = 64;     // p
+constexpr int kHeadDim = 64;     // p of these kernels' heads
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct BackwardArgs {
-  ptx::TensorMap x, dy, B, C;  // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
-  Chunking chunking;           // q = 128
-  int chunks;                  // bound of the chunk index
-  int rows;                    // sequences
-  int h, g, n;
+  ptx::TensorMap x, dy, B, C;   // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
+  Chunking chunking;            // q = 128
+  int chunks;                   // bound of the chunk index
+  int rows;                     // sequences
+  int p;                        // of the tensors
+  int tensor_h;                 // their heads
+  int splits;                   // of these kernels' heads in one of them
+  int h, g, n;                  // h = tensor_h splits
   int slices, heads_per_slice;  // of a group's heads: each has its own sums of dB and dC
-  const float* delta;           // (chunks, h, q)
-  const float* a_cumsum_log2;   // (chunks, h, q)
-  const float* a_run_log2;      // (chunks, h, q)     the same from the start of each 16 tokens
-  AnyFloat D;                   // (h) or (h, p), optional
+  const float* delta;           // (chunks, tensor_h, q)
+  const float* a_cumsum_log2;   // (chunks, tensor_h, q)
+  const float* a_run_log2;      // (chunks, tensor_h, q)  the same from the start of each 16 tokens
+  AnyFloat D;                   // (tensor_h) or (tensor_h, p), optional
   bool D_per_channel;
-  AnyFloat initial_states;      // (nseq, h, p, n), optional
-  const float* d_final_states;  // (nseq, h, p, n), optional
-  float* d_initial_states;      // (nseq, h, p, n), optional
-  void* states;                 // (chunks, h, p n)   T, images: S
-  void* d_states;               // (chunks, h, p n)   T, images: G
-  float* D_rows;                // (h, p)             D, spread over channels; 0 without D
-  StridedOut dx;                // (b, l, h, p)       T
+  AnyFloat initial_states;      // (nseq, tensor_h, p, n), optional
+  const float* d_final_states;  // (nseq, tensor_h, p, n), optional
+  float* d_initial_states;      // (nseq, tensor_h, p, n), optional
+  void* states;                 // (chunks, h, 64 n)  T, images: S
+  void* d_states;               // (chunks, h, 64 n)  T, images: G
+  float* D_rows;                // (h, 64)            D, spread over channels; 0 without D
+  StridedOut dx;                // (b, l, tensor_h, p)  T
   float* rows_out;              // (chunks, h, q)     R_i - Q_i, and E_i in the later block
   float* later_rows;            // (chunks, h, q)     E_i; in the later block R_i over the earlier
   float* columns;               // (chunks, h, q)     sum_{i>=j} V_ij
@@ -50,10 +57,18 @@ struct BackwardArgs {
   float* dC_slices;             // (slices, chunks, g, q, n)
   float* dC_later;              // (slices, chunks, g, 64, n): the later block's, from the earlier
   StridedOut dB, dC;            // (b, l, g, n)       T
-  float* dD;                    // (chunks, h) or (chunks, h, p), optional
+  float* dD;                    // (chunks, tensor_h) or (chunks, tensor_h, p), optional
 
   MAMBA2_HD int heads_per_group() const { return h / g; }
   MAMBA2_HD int64_t head_at(int64_t chunk, int head) const { return chunk * h + head; }
+  // The head of the tensors that one of these heads is of, its first channel there, how many
+  // channels it has; and where delta has it.
+  MAMBA2_HD int tensor_head(int head) const { return head / splits; }
+  MAMBA2_HD int channel(int head) const { return head % splits * kHeadDim; }
+  MAMBA2_HD int channels(int head) const { return p - channel(head); }
+  MAMBA2_HD int64_t delta_at(int64_t chunk, int head) const {
+    return chunk * tensor_h + tensor_head(head);
+  }
   // Whether state_sweeps writes K of a chunk, and which direction: it has states unrounded.
   MAMBA2_HD bool K_by_forward_sweep(const Chunk& chunk) const {
     return chunk.is_last && d_final_states;

@@ -80,7 +80,8 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN>& s, const 
         ptx::tma_load_4d(stage.operand + panel * kBlock * 64, operand, panel * 64, sweep.group,
                          token, chunk.row, full);
       for (int i = 0; i < sweep.heads; ++i)
-        ptx::tma_load_4d(stage.tokens[i], tokens, 0, sweep.first_head + i, token, chunk.row, full);
+        ptx::tma_load_4d(stage.tokens[i], tokens, args.channel(sweep.first_head + i),
+                         args.tensor_head(sweep.first_head + i), token, chunk.row, full);
       at.advance();
     }
   }
@@ -91,7 +92,7 @@ struct Scalars {
   float a_log2 = 0, delta = 0, a_end_log2 = 0, a_before_log2 = 0, a_last_log2 = 0;
   MAMBA2_DEVICE Scalars() {}
   MAMBA2_DEVICE Scalars(const BackwardArgs& args, int chunk, int head, int token) {
-    const int64_t at = args.head_at(chunk, head) * kBackwardQ;
+    const int64_t at = args.delta_at(chunk, head) * kBackwardQ;
     a_log2 = args.a_cumsum_log2[at + token];
     delta = args.delta[at + token];
     const int block = token / kBlock * kBlock;
@@ -129,16 +130,18 @@ struct Consumer {
         me(threadIdx.x) {}
 
   MAMBA2_DEVICE void barrier() { ptx::bar_sync(kHeadBarrier + i, tile::kWarpgroup); }
-  // Element e of this thread in (nseq, h, p, n).
+  // Element e of this thread in (nseq, tensor_h, p, n), and whether there is one.
   MAMBA2_DEVICE int64_t element(int e) const {
-    const int64_t row = (int64_t(sweep.i_seq) * args.h + head) * kHeadDim + me.row((e >> 1) & 1);
+    const int64_t tensor_head = int64_t(sweep.i_seq) * args.tensor_h + args.tensor_head(head);
+    const int64_t row = tensor_head * args.p + args.channel(head) + me.row((e >> 1) & 1);
     return row * kN + me.column(e / 4) + (e & 1);
   }
+  MAMBA2_DEVICE bool exists(int e) const { return me.row((e >> 1) & 1) < args.channels(head); }
 
   template <class From>
   MAMBA2_DEVICE void load_state(const From* from) {
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; ++e) state[e] = convert<float>(from[element(e)]);
+    for (int e = 0; e < kN / 2; ++e) state[e] = exists(e) ? convert<float>(from[element(e)]) : 0.f;
   }
   MAMBA2_DEVICE void begin() {
     MAMBA2_UNROLL
@@ -156,8 +159,9 @@ struct Consumer {
     if (!sweep.reverse || !args.d_initial_states) return;
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; e += 2)
-      *reinterpret_cast<float2*>(args.d_initial_states + element(e)) =
-          float2{state[e], state[e + 1]};
+      if (exists(e))
+        *reinterpret_cast<float2*>(args.d_initial_states + element(e)) =
+            float2{state[e], state[e + 1]};
   }
 
   // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
@@ -189,7 +193,7 @@ struct Consumer {
   MAMBA2_DEVICE void write_through(int chunk, float a_last_log2, const float* other) {
     float sum = 0;
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; ++e) sum += state[e] * other[element(e)];
+    for (int e = 0; e < kN / 2; ++e) sum += exists(e) ? state[e] * other[element(e)] : 0.f;
     MAMBA2_UNROLL
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (me.lane == 0) s.through[i][me.warp] = sum;
@@ -262,12 +266,15 @@ struct Consumer {
   }
 };
 
-// D as (h, p) fp32, for the next kernel.
+// D as (h, 64) fp32, for the next kernel.
 MAMBA2_DEVICE void spread_D(const BackwardArgs& args, const Sweep& sweep) {
   for (int i = threadIdx.x; i < sweep.heads * kHeadDim; i += kThreads) {
-    const int at = sweep.first_head * kHeadDim + i;
-    args.D_rows[at] =
-        args.D.ptr ? load<float>(args.D, args.D_per_channel ? at : at / kHeadDim) : 0.f;
+    const int head = sweep.first_head + i / kHeadDim, channel = i % kHeadDim;
+    const int tensor_head = args.tensor_head(head);
+    const int at =
+        args.D_per_channel ? tensor_head * args.p + args.channel(head) + channel : tensor_head;
+    const bool exists = args.D.ptr && channel < args.channels(head);
+    args.D_rows[sweep.first_head * kHeadDim + i] = exists ? load<float>(args.D, at) : 0.f;
   }
 }
 

@@ -20,9 +20,12 @@ constexpr int64_t kBlockOverheadHeads = 3;
 // With batch_invariant: slices of so many heads, whatever else there is to fill the card with.
 constexpr int kInvariantSliceHeads = 20;
 
-// How many heads of a group one block takes: the split that keeps the card busy with few blocks.
+// Heads of 64 channels in one of the tensors'.
+int splits_of(const Shape& shape) { return ceil_div(shape.p, kHeadDim); }
+
+// How many of these of a group one block takes: the split that keeps the card busy with few blocks.
 int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) {
-  const int heads = shape.heads_per_group();
+  const int heads = shape.heads_per_group() * splits_of(shape);
   if (plan.batch_invariant) return std::min(heads, kInvariantSliceHeads);
   const int64_t blocks = 2 * shape.chunks(kBackwardQ) * shape.g, sms = std::max(1, device.sm_count);
   const auto cost = [&](int slices) {
@@ -39,22 +42,23 @@ struct Memory {
   void *chunk_table, *delta_backward;
   float *delta, *a_cumsum_log2, *a_run_log2, *dD;
   Memory(const Shape& shape, DType dtype, BackwardArgs* args, Workspace& memory) {
-    const int64_t chunks = shape.chunks(kBackwardQ), heads = chunks * shape.h;
+    const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
+    const int64_t heads = tensor_heads * splits_of(shape);
     const int64_t groups = chunks * shape.g * args->slices * shape.n;
-    const auto images = heads * shape.p * shape.n * size_of(dtype);
+    const auto images = heads * kHeadDim * shape.n * size_of(dtype);
     chunk_table = memory.take(chunking_bytes(shape, kBackwardQ));
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
-    delta = memory.take_array<float>(heads * kBackwardQ);
-    a_cumsum_log2 = memory.take_array<float>(heads * kBackwardQ);
-    a_run_log2 = memory.take_array<float>(heads * kBackwardQ);
+    delta = memory.take_array<float>(tensor_heads * kBackwardQ);
+    a_cumsum_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
+    a_run_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
     args->rows_out = memory.take_array<float>(heads * kBackwardQ);
     args->later_rows = memory.take_array<float>(heads * kBackwardQ);
     args->columns = memory.take_array<float>(heads * kBackwardQ);
     args->to_state = memory.take_array<float>(heads * kBackwardQ);
     args->through = memory.take_array<float>(heads);
-    args->D_rows = memory.take_array<float>(int64_t(shape.h) * shape.p);
-    args->dD_blocks = memory.take_array<float>(heads * 2 * shape.p);
-    dD = memory.take_array<float>(heads * shape.p);
+    args->D_rows = memory.take_array<float>(int64_t(shape.h) * splits_of(shape) * kHeadDim);
+    args->dD_blocks = memory.take_array<float>(heads * 2 * kHeadDim);
+    dD = memory.take_array<float>(heads * kHeadDim);
     args->dB_slices = memory.take_array<float>(groups * kBackwardQ);
     args->dC_slices = memory.take_array<float>(groups * kBackwardQ);
     args->dC_later = memory.take_array<float>(groups * kBlock);
@@ -65,7 +69,7 @@ struct Memory {
 
 void set_slices(BackwardArgs* args, const Shape& shape, const Plan& plan, const Device& device) {
   args->heads_per_slice = heads_per_slice(shape, plan, device);
-  args->slices = ceil_div(shape.heads_per_group(), args->heads_per_slice);
+  args->slices = ceil_div(shape.heads_per_group() * splits_of(shape), args->heads_per_slice);
 }
 
 // (b, l, h or g, width), innermost first; boxes of 64 tokens x 64 columns.
@@ -90,7 +94,10 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   const Inputs& in = params.in;
   args->chunks = static_cast<int>(in.shape.chunks(kBackwardQ));
   args->rows = static_cast<int>(in.shape.nseq);
-  args->h = in.shape.h;
+  args->p = in.shape.p;
+  args->tensor_h = in.shape.h;
+  args->splits = splits_of(in.shape);
+  args->h = args->tensor_h * args->splits;
   args->g = in.shape.g;
   args->n = in.shape.n;
   args->delta = memory.delta;
@@ -107,7 +114,7 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->dD = params.dD ? memory.dD : nullptr;
 }
 
-DeltaGradientParts parts_of(const BackwardArgs& args, int p) {
+DeltaGradientParts parts_of(const BackwardArgs& args) {
   DeltaGradientParts parts;
   parts.delta = args.delta;
   parts.rows = args.rows_out;
@@ -116,8 +123,9 @@ DeltaGradientParts parts_of(const BackwardArgs& args, int p) {
   parts.to_state = args.to_state;
   parts.through = args.through;
   parts.dD = args.dD;
+  parts.head_parts = args.splits;
   parts.programmatic = true;
-  parts.dD_width = args.D_per_channel ? args.h * p : args.h;
+  parts.dD_width = args.D_per_channel ? args.tensor_h * args.p : args.tensor_h;
   return parts;
 }
 
@@ -152,7 +160,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   if (const int error = state_sweeps(args, in.dtype, stream)) return error;
   if (const int error = chunk_scan_backward(args, in.dtype, stream)) return error;
   if (const int error = group_sum(args, in.dtype, stream)) return error;
-  if (const int error = delta_backward(params, parts_of(args, shape.p), args.chunking, args.chunks,
+  if (const int error = delta_backward(params, parts_of(args), args.chunking, args.chunks,
                                        memory.delta_backward, stream)) {
     return error;
   }

@@ -31,6 +31,13 @@ CASES = {
     "weak decay": dict(decay="weak", l=300, seed=13),
     "strong decay": dict(decay="strong", l=300, seed=14),
     "sliced": dict(sliced=True, seed=15),
+    "p 128": dict(p=128, n=128, h=3, initial_states="working", seed=19),
+    "p 192, packed": dict(p=192, l=200, D="hp", cu_seqlens=(0, 70, 200), seed=20),
+    "p 128, groups, sliced": dict(p=128, b=2, l=70, h=4, g=2, sliced=True, seed=21),
+    "p 256": dict(p=256, h=1, l=140, seed=22),
+    "p 80": dict(p=80, h=3, D="hp", initial_states="working", sliced=True, seed=23),
+    "p 96, packed": dict(p=96, l=200, cu_seqlens=(0, 70, 200), initial_states="x", seed=24),
+    "p 32": dict(p=32, n=128, initial_states="working", seed=25),
 }
 
 
