@@ -8,14 +8,15 @@ constexpr int kMaxItems = 8;  // of a block: C B^T is then a tenth of its work
 
 struct ChunkScanParams {
   Strided x, B, C, z;          // (b, l, h, p), (b, l, g, n) twice, (b, l, h, p) optional   T
-  const void* states;          // (chunks, h, p, n)   T
+  const void* states;          // (chunks, h, p, n)   T; or images of 64 channels (load_S_images)
   const float* delta;          // (chunks, h, q)
   const float* a_cumsum_log2;  // (chunks, h, q)
   AnyFloat D;                  // (h) or (h, p), optional
   bool D_per_channel;
-  StridedOut y;   // (b, l, h, p)       T, out; gate backward: dy before the gate
-  Strided dy;     // (b, l, h, p)       T, gate backward
-  StridedOut dz;  // (b, l, h, p)       T, out, gate backward
+  StridedOut y;       // (b, l, h, p)       T, out; gate backward: dy before the gate
+  Strided dy;         // (b, l, h, p)       T, gate backward
+  StridedOut dz;      // (b, l, h, p)       T, out, gate backward
+  bool state_images;  // gate backward
   Chunking chunking;
   int h, p, n, heads_per_group;
   int p_tiles, items_per_group, items_per_block, blocks_per_group;

@@ -86,13 +86,20 @@ int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
 // y from the states entering the chunks.
 int chunk_scan(const ForwardParams& forward, const Chunking& chunking, const float* delta,
                const float* a_cumsum_log2, const void* states, const Device& device, void* stream);
+// A tensor (b, l, h, p) of its own.
+inline StridedOut contiguous(void* ptr, const Shape& shape) {
+  const int64_t token = int64_t(shape.h) * shape.p;
+  return {ptr, shape.l * token, token, shape.p};
+}
 // The gate backwards: y' = y before the gate is computed once more, and never stored:
 //   dz = dy y' silu'(z),  d_y = dy silu(z), the gradient of y'
 struct GateBackward {
-  Strided dy;      // (b, l, h, p)   T
-  StridedOut dz;   // (b, l, h, p)   T, out
-  StridedOut d_y;  // (b, l, h, p)   T, out
+  Strided dy;                 // (b, l, h, p)   T
+  StridedOut dz;              // (b, l, h, p)   T, out
+  StridedOut d_y;             // (b, l, h, p)   T, out
+  bool state_images = false;  // states are tier sm90's (scan_backward_sm90.cuh)
 };
+// Also for tier sm90, whose chunks have as many tokens.
 int chunk_scan_gate_backward(const Inputs& in, const GateBackward& gate, const Chunking& chunking,
                              const float* delta, const float* a_cumsum_log2, const void* states,
                              const Device& device, void* stream);

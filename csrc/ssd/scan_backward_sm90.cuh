@@ -2,6 +2,7 @@
 //
 //   state_sweeps         S and G of every chunk: chunk_state and state_passing, forward in time for
 //                        the states, backward in time for their gradients
+//   chunk_scan_gate_backward    with z, between the two: dz, and dy becomes dy silu(z) (launch.h)
 //   chunk_scan_backward  everything else, a chunk at a time: dx, dB, dC, the parts of d delta, dD
 //   group_sum            slices of dB and dC added up and rounded; dD of a chunk
 //   delta_backward       d_dt, dA, d_dt_bias (delta_backward.h)
@@ -80,7 +81,8 @@ struct BackwardArgs {
 };
 
 // Each queues one kernel and returns a cudaError_t as int.
-int state_sweeps(const BackwardArgs& args, DType dtype, void* stream);
+enum class Sweeps { both, states, gradients };
+int state_sweeps(const BackwardArgs& args, Sweeps which, DType dtype, void* stream);
 int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream);
 int group_sum(const BackwardArgs& args, DType dtype, void* stream);
 

@@ -9,10 +9,10 @@
 // transpose of the tokens' tile, weighted in registers; the B operand the tile of B or C, shared by
 // two heads.
 //
-// grid: (sequences x pairs of heads, 2 directions); a producer warp and two consumer warpgroups,
-// one head each. Shared memory: 4 stages x (64 tokens of B or C, x or dy of 2 heads) + 2 images:
-// 163 KB at n = 128. Bound by HBM: per head and chunk 16 KB read and 16 KB written in each
-// direction.
+// grid: (sequences x pairs of heads, directions: both, or one); a producer warp and two consumer
+// warpgroups, one head each. Shared memory: 4 stages x (64 tokens of B or C, x or dy of 2 heads) +
+// 2 images: 163 KB at n = 128. Bound by HBM: per head and chunk 16 KB read and 16 KB written in
+// each direction.
 #include "../core/launch.h"
 #include "scan_backward_sm90.cuh"
 
@@ -43,10 +43,9 @@ struct Sweep {
   bool reverse;
   int i_seq, group, first_head, heads;
   int first_chunk, chunks;
-  MAMBA2_DEVICE explicit Sweep(const BackwardArgs& args) {
+  MAMBA2_DEVICE Sweep(const BackwardArgs& args, bool reverse) : reverse(reverse) {
     const int pairs = ceil_div(args.heads_per_group(), kHeads);
     const int pair = blockIdx.x % pairs;
-    reverse = blockIdx.y == 1;
     group = blockIdx.x / pairs % args.g;
     i_seq = blockIdx.x / pairs / args.g;
     first_head = group * args.heads_per_group() + pair * kHeads;
@@ -280,7 +279,7 @@ MAMBA2_DEVICE void spread_D(const BackwardArgs& args, const Sweep& sweep) {
 
 template <class T, int kN>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
-    state_sweeps_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
+    state_sweeps_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args, bool reverse_only) {
 #if MAMBA2_SM90A
   SweepSmem<T, kN>& s = *static_cast<SweepSmem<T, kN>*>(ptx::dynamic_smem());
   if (threadIdx.x == 0) {
@@ -290,8 +289,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   __syncthreads();
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
-  const Sweep sweep(args);
-  if (sweep.i_seq == 0 && !sweep.reverse) spread_D(args, sweep);
+  const Sweep sweep(args, reverse_only || blockIdx.y == 1);
+  if (sweep.i_seq == 0 && blockIdx.y == 0) spread_D(args, sweep);
   if (threadIdx.x < kConsumerThreads)
     Consumer<T, kN>(args, s, sweep).run();
   else if (threadIdx.x == kConsumerThreads)
@@ -301,15 +300,16 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
 
 }  // namespace sweeps
 
-int state_sweeps(const BackwardArgs& args, DType dtype, void* stream) {
+int state_sweeps(const BackwardArgs& args, Sweeps which, DType dtype, void* stream) {
   const Range range("state_sweeps");
   using namespace sweeps;
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
     const unsigned pairs = args.g * ceil_div(args.heads_per_group(), kHeads);
-    const LaunchShape at{dim3(pairs * args.rows, 2), kThreads, sizeof(SweepSmem<T, n()>), true,
-                         BlockTile{kBlock, kHeadDim, n(), kStages}};
-    return launch(state_sweeps_kernel<T, n()>, at, stream, args);
+    const unsigned directions = which == Sweeps::both ? 2 : 1;
+    const LaunchShape at{dim3(pairs * args.rows, directions), kThreads, sizeof(SweepSmem<T, n()>),
+                         true, BlockTile{kBlock, kHeadDim, n(), kStages}};
+    return launch(state_sweeps_kernel<T, n()>, at, stream, args, which == Sweeps::gradients);
   });
 }
 

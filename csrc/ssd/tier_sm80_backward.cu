@@ -59,12 +59,6 @@ int max_smem_bytes(const Device& device, const Plan& plan) {
   return device.major == 8 ? 163 * 1024 : 227 * 1024;
 }
 
-// A tensor (b, l, h, p) of its own.
-StridedOut contiguous(void* ptr, const Shape& shape) {
-  const int64_t token = int64_t(shape.h) * shape.p;
-  return {ptr, shape.l * token, token, shape.p};
-}
-
 // One backward: its arguments, its memory, and the stages, each of which returns an error code.
 struct Backward {
   const BackwardParams& params;

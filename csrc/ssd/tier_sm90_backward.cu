@@ -1,7 +1,8 @@
 // Tier sm90, backward: chunk_cumsum, state_sweeps, chunk_scan_backward, group_sum, delta_backward
-// (scan_backward_sm90.cuh says what each does).
-// Workspace: mostly S and G of every chunk of 128 tokens, in x's dtype: 2 x 64 n x 2 bytes a head,
-// 335 MB each at b 8, l 4096, h 80, n 128.
+// (scan_backward_sm90.cuh says what each does). With z state_sweeps runs once for S and once,
+// behind chunk_scan_gate_backward, for G. Workspace: mostly S and G of every chunk of 128 tokens,
+// in x's dtype: 2 x 64 n x 2 bytes a head, 335 MB each at b 8, l 4096, h 80, n 128. z adds dy
+// silu(z), as large as dy.
 #include <algorithm>
 
 #include "../core/tensor_map.h"
@@ -39,9 +40,9 @@ int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) 
 
 // What lies in the workspace; args points into it. With no memory behind it, it only counts.
 struct Memory {
-  void *chunk_table, *delta_backward;
+  void *chunk_table, *delta_backward, *d_y;
   float *delta, *a_cumsum_log2, *a_run_log2, *dD;
-  Memory(const Shape& shape, DType dtype, BackwardArgs* args, Workspace& memory) {
+  Memory(const Shape& shape, DType dtype, bool has_z, BackwardArgs* args, Workspace& memory) {
     const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
     const int64_t heads = tensor_heads * splits_of(shape);
     const int64_t groups = chunks * shape.g * args->slices * shape.n;
@@ -64,6 +65,7 @@ struct Memory {
     args->dC_later = memory.take_array<float>(groups * kBlock);
     args->states = memory.take(images);
     args->d_states = memory.take(images);
+    d_y = memory.take(has_z ? shape.b * shape.l * shape.h * shape.p * size_of(dtype) : 0);
   }
 };
 
@@ -81,11 +83,11 @@ int map_of(ptx::TensorMap* map, const Inputs& in, const Strided& tensor, int hea
   return make_tensor_map(map, in.dtype, tensor.ptr, 4, dims, strides, box, true);
 }
 
-int make_maps(const BackwardParams& params, BackwardArgs* args) {
+int make_maps(const BackwardParams& params, const Strided& dy, BackwardArgs* args) {
   const Inputs& in = params.in;
   const Shape& shape = in.shape;
   if (const int error = map_of(&args->x, in, in.x, shape.h, shape.p)) return error;
-  if (const int error = map_of(&args->dy, in, params.dy, shape.h, shape.p)) return error;
+  if (const int error = map_of(&args->dy, in, dy, shape.h, shape.p)) return error;
   if (const int error = map_of(&args->B, in, in.B, shape.g, shape.n)) return error;
   return map_of(&args->C, in, in.C, shape.g, shape.n);
 }
@@ -129,6 +131,22 @@ DeltaGradientParts parts_of(const BackwardArgs& args) {
   return parts;
 }
 
+// S and G of all chunks. With z, whose gradient wants S and on which G waits: one after the other,
+// and dy becomes the gradient of the output before the gate.
+int sweep_states(const BackwardParams& params, const Memory& memory, const BackwardArgs& args,
+                 const StridedOut& d_y, const Device& device, void* stream) {
+  const Inputs& in = params.in;
+  if (!in.z) return state_sweeps(args, Sweeps::both, in.dtype, stream);
+  if (const int error = state_sweeps(args, Sweeps::states, in.dtype, stream)) return error;
+  const sm80::GateBackward gate{params.dy, params.dz, d_y, true};
+  if (const int error =
+          sm80::chunk_scan_gate_backward(in, gate, args.chunking, memory.delta,
+                                         memory.a_cumsum_log2, args.states, device, stream)) {
+    return error;
+  }
+  return state_sweeps(args, Sweeps::gradients, in.dtype, stream);
+}
+
 }  // namespace
 
 std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan,
@@ -136,7 +154,7 @@ std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan,
   BackwardArgs args{};
   set_slices(&args, problem.shape, plan, device);
   Workspace counted;
-  Memory(problem.shape, problem.dtype, &args, counted);
+  Memory(problem.shape, problem.dtype, problem.has_z, &args, counted);
   return counted.bytes();
 }
 
@@ -147,9 +165,12 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   BackwardArgs args{};
   set_slices(&args, shape, plan, device);
   Workspace carved(workspace);
-  const Memory memory(shape, in.dtype, &args, carved);
+  const bool gate = static_cast<bool>(in.z);
+  const Memory memory(shape, in.dtype, gate, &args, carved);
   set_arguments(params, memory, &args);
-  if (const int error = make_maps(params, &args)) return error;
+  const StridedOut d_y = sm80::contiguous(memory.d_y, shape);
+  const Strided dy = gate ? Strided{d_y.ptr, d_y.b, d_y.l, d_y.h} : params.dy;
+  if (const int error = make_maps(params, dy, &args)) return error;
   if (const int error = make_chunking(in, kBackwardQ, memory.chunk_table, &args.chunking, stream)) {
     return error;
   }
@@ -157,7 +178,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
                                      nullptr, memory.a_run_log2)) {
     return error;
   }
-  if (const int error = state_sweeps(args, in.dtype, stream)) return error;
+  if (const int error = sweep_states(params, memory, args, d_y, device, stream)) return error;
   if (const int error = chunk_scan_backward(args, in.dtype, stream)) return error;
   if (const int error = group_sum(args, in.dtype, stream)) return error;
   if (const int error = delta_backward(params, parts_of(args), args.chunking, args.chunks,

@@ -75,6 +75,8 @@ def test_packed_sequences_and_a_gate_add_their_launches(ask):
     packed = ask(1, 300, 4, 64, 1, 128, sequences=3, backward=True, has_z=True, plan=SM80)
     assert stages(packed)[0] == "chunk_table" and stages(packed)[-1] == "zero_outside"
     assert "chunk_scan gate_backward" in stages(packed)
+    packed = ask(1, 300, 4, 64, 1, 128, sequences=3, backward=True, has_z=True, plan=SM90)
+    assert stages(packed)[2:5] == ["state_sweeps", "chunk_scan gate_backward", "state_sweeps"]
 
 
 @pytest.mark.parametrize("card", CARDS, ids=str)

@@ -38,6 +38,15 @@ CASES = {
     "p 80": dict(p=80, h=3, D="hp", initial_states="working", sliced=True, seed=23),
     "p 96, packed": dict(p=96, l=200, cu_seqlens=(0, 70, 200), initial_states="x", seed=24),
     "p 32": dict(p=32, n=128, initial_states="working", seed=25),
+    "z": dict(z=True, n=128, h=3, initial_states="working", seed=26),
+    "z, no D, fp16": dict(z=True, D=None, dtype=torch.float16, l=40, seed=27),
+    "z, p 128, packed": dict(
+        z=True, p=128, D="hp", l=200, cu_seqlens=(3, 70, 70, 190), sliced=True, seed=28
+    ),
+    "z, p 80, groups": dict(z=True, p=80, b=2, h=4, g=2, l=140, sliced=True, seed=29),
+    "z, p 40, resets": dict(z=True, p=40, l=140, seq_idx=True, seed=30),
+    "z, weak decay": dict(z=True, decay="weak", l=300, seed=31),
+    "z, strong decay": dict(z=True, decay="strong", l=300, seed=32),
 }
 
 
