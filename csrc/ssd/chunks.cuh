@@ -43,7 +43,7 @@ struct Chunking {
     const int64_t left = l - token;
     return {row, row, token, int(left < q ? left : q), i_c, i_c == chunks_per_row - 1};
   }
-  // Chunk i + n, from chunk i: the same as at(), with less arithmetic.
+  // Chunk i + n (n < 0: of the same sequence), from chunk i: as at(), with less arithmetic.
   MAMBA2_HD Chunk after(const Chunk& c, int i, int n) const {
     if (table || c.i_c + n >= chunks_per_row) return at(i + n);
     const int token = c.token + n * q;

@@ -39,8 +39,8 @@ struct Loader {
         ptx::tma_load_4d(stage.z[half], &args.z, u.p_block * kP, u.head, token, row, full);
     }
   }
-  static MAMBA2_DEVICE int flags_of(const Walk& walk, const Chunk& next) {
-    return (walk.i == walk.task.begin ? kBeginsTask : 0) | (next.i_seq < 0 ? kEndsTask : 0) |
+  static MAMBA2_DEVICE int flags_of(const Walk<kStateOnly>& walk, const Chunk& next) {
+    return (walk.at_first() ? kBeginsTask : 0) | (next.i_seq < 0 ? kEndsTask : 0) |
            (walk.chunk.i_c == 0 ? kBeginsSequence : 0) | (walk.chunk.is_last ? kEndsSequence : 0);
   }
   static MAMBA2_DEVICE Unit uniform(const Unit& u) {
@@ -48,7 +48,7 @@ struct Loader {
             tile::uniform(u.group), tile::uniform(u.active) != 0};
   }
   MAMBA2_DEVICE void run_task(int ticket) {
-    Walk walk;
+    Walk<kStateOnly> walk;
     walk.begin(args, ticket);
     const Task& task = walk.task;
     Unit units[kUnits] = {uniform(unit_of<kUnits>(args, task.pair, 0))};
@@ -116,7 +116,7 @@ struct Decays {
   const FusedScanArgs& args;
   Smem& s;
   const int buffer, lane;
-  Walk walk{};
+  Walk<kStateOnly> walk{};
   tile::RingPosition<kTaskSlots> tickets;
   bool more = true;  // walk is at a chunk, or before the first
   struct HalfInputs {
@@ -214,12 +214,13 @@ struct Decays {
       return reinterpret_cast<float2*>(values)[lane];
     };
     pair(weights.a_log2[half]) = make_float2(a[0], a[1]);
+    weights.input_weight[half].pair(lane) =
+        make_float2(ptx::ex2(a_q - a[0]) * delta[0], ptx::ex2(a_q - a[1]) * delta[1]);
+    if constexpr (kStateOnly) return;
     pair(weights.delta[half]) = make_float2(delta[0], delta[1]);
     pair(weights.column_weight[half]) =
         make_float2(ptx::ex2(a_block - a[0]) * delta[0], ptx::ex2(a_block - a[1]) * delta[1]);
     weights.row_decay[half].pair(lane) = make_float2(ptx::ex2(a[0]), ptx::ex2(a[1]));
-    weights.input_weight[half].pair(lane) =
-        make_float2(ptx::ex2(a_q - a[0]) * delta[0], ptx::ex2(a_q - a[1]) * delta[1]);
   }
   MAMBA2_DEVICE void run() {
     ptx::griddepcontrol_wait();

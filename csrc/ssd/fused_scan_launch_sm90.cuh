@@ -46,8 +46,12 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     Scorer<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();
   } else {
     ptx::setmaxnreg_inc<kScannerRegisters>();
-    Scanner<T, kN, kGate, kStages, kStateOnly, kPadded>(args, s, role - kFirstScanner, thread)
-        .run();
+    Scanner<T, kN, kGate, kStages, kStateOnly, kPadded> scanner(args, s, role - kFirstScanner,
+                                                                thread);
+    if constexpr (kStateOnly)
+      scanner.run_backwards();
+    else
+      scanner.run_forwards();
   }
 #endif
 }

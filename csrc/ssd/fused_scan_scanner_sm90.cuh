@@ -59,13 +59,18 @@ struct Scanner {
   MAMBA2_DEVICE int* flag_of(int slot) const {
     return args.flags + (slot * kParts + part) * args.units + unit.index;
   }
-  MAMBA2_DEVICE void start_sequence(State& S, int i_seq) const {
-    const bool given = args.initial_states && unit.active;
+  static MAMBA2_DEVICE void clear(State& S) {
+    MAMBA2_UNROLL
+    for (int e = 0; e < kColumns / 2; ++e) S[e] = 0.f;
+  }
+  // S + decay (what the sequence starts from)
+  MAMBA2_DEVICE void add_initial_state(State& S, int i_seq, float decay) const {
+    if (!args.initial_states || !unit.active) return;
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; e += 2) {
       const int64_t at = state_offset(i_seq, e);
-      S[e] = given ? mamba2::load<float>(args.initial_states, at) : 0.f;
-      S[e + 1] = given ? mamba2::load<float>(args.initial_states, at + 1) : 0.f;
+      S[e] = fmaf(decay, mamba2::load<float>(args.initial_states, at), S[e]);
+      S[e + 1] = fmaf(decay, mamba2::load<float>(args.initial_states, at + 1), S[e + 1]);
     }
   }
   MAMBA2_DEVICE void finish_sequence(const State& S, int i_seq) const {
@@ -92,11 +97,6 @@ struct Scanner {
     }
   }
   MAMBA2_DEVICE void load_carry(State& S, const StageInfo& info) const {
-    if constexpr (kStateOnly) {  // pass one: what the run adds, from nothing
-      MAMBA2_UNROLL
-      for (int e = 0; e < kColumns / 2; ++e) S[e] = 0.f;
-      return;
-    }
     if (!unit.active) return;
     if (args.schedule == Schedule::tickets) {
       const int* flag = flag_of(info.slot);
@@ -119,7 +119,7 @@ struct Scanner {
   }
   MAMBA2_DEVICE void begin_task(const StageInfo& info) {
     unit = unit_of<kUnits>(args, info.pair, half);
-    if (!args.D || !unit.active) return;
+    if (kStateOnly || !args.D || !unit.active) return;
     MAMBA2_UNROLL
     for (int r = 0; r < 2; ++r) {
       D[r] =
@@ -127,39 +127,43 @@ struct Scanner {
                                                          : int64_t(unit.head));
     }
   }
-  MAMBA2_DEVICE void enter_run(State& S, const StageInfo& info, float& through_log2) {
-    if (info.flags & kBeginsTask) begin_task(info), through_log2 = 0.f;
+  MAMBA2_DEVICE void enter_run(State& S, const StageInfo& info) {
+    if (info.flags & kBeginsTask) begin_task(info);
     if (info.flags & kBeginsSequence) {
-      start_sequence(S, info.i_seq);
-      through_log2 = -1e30f;
+      clear(S);
+      add_initial_state(S, info.i_seq, 1.f);
     } else {
       load_carry(S, info);
     }
   }
-  MAMBA2_DEVICE void leave_run(const State& S, const StageInfo& info, float through_log2) const {
+  MAMBA2_DEVICE void leave_run(const State& S, const StageInfo& info) const {
     if (!unit.active) return;
-    if constexpr (kStateOnly) {
-      if (args.final_states) {  // ssd_segment_state: the only pass
-        if (info.flags & kEndsSequence) finish_sequence(S, info.i_seq);
-      } else if (info.flags & kEndsTask) {
-        store_carry(S, info);
-        if (thread == 0 && part == 0)
-          args.through_log2[int64_t(info.slot) * args.units + unit.index] = through_log2;
-      }
-    } else if (info.flags & kEndsSequence) {
+    if (info.flags & kEndsSequence) {
       if (args.final_states) finish_sequence(S, info.i_seq);
     } else if (args.schedule == Schedule::tickets) {
       store_carry(S, info);
     }
   }
+  // Pass one: what a run adds, and how much it lets through. ssd_segment_state: a whole sequence.
+  MAMBA2_DEVICE void store_added(State& S, const StageInfo& info, float through_log2) const {
+    if (!unit.active) return;
+    const bool begins = info.flags & kBeginsSequence;
+    if (begins) add_initial_state(S, info.i_seq, ptx::ex2(through_log2));
+    if (args.final_states) return finish_sequence(S, info.i_seq);
+    store_carry(S, info);
+    if (thread == 0 && part == 0)
+      args.through_log2[int64_t(info.slot) * args.units + unit.index] =
+          begins ? -1e30f : through_log2;
+  }
 
   // ---- the steps of a chunk ----
-  // w_j x_j, rounded: the A fragments of what enters the state.
+  // w_j x_j, rounded: the A fragments of what enters the state. decay: what is left of it later.
   MAMBA2_DEVICE void weigh_inputs(Tokens& weighted, const Tokens& x,
-                                  const TokenValues& input_weight) const {
+                                  const TokenValues& input_weight, float decay = 1.f) const {
     MAMBA2_UNROLL
     for (int step = 0; step < kQ / 16; ++step) {
-      const float4 w = input_weight.of_lane(me.lane, step);
+      float4 w = input_weight.of_lane(me.lane, step);
+      if constexpr (kStateOnly) w.x *= decay, w.y *= decay, w.z *= decay, w.w *= decay;
       MAMBA2_UNROLL
       for (int i = 0; i < 4; ++i) {  // rows: i % 2, columns: i / 2
         const float2 v = unpack2<T>(x[4 * step + i]);
@@ -244,6 +248,14 @@ struct Scanner {
                                            false);
     ptx::wgmma_commit_group();
   }
+  // S + (weighted x) B^T: issued, not waited for.
+  MAMBA2_DEVICE void add_inputs(State& S, const Tokens& weighted,
+                                const Stage<T, kN, kGate>& stage) const {
+    ptx::wgmma_fence();
+    tile::product_rs<T, kColumns, kQ / 16>(S, weighted,
+                                           tile::MnMajor<kQ>{stage.B + part * kColumns * kQ}, true);
+    ptx::wgmma_commit_group();
+  }
   // The state after the chunk, and y of its own tokens in front of Y; Y = S C^T is on its way.
   MAMBA2_DEVICE void add_chunk(State& S, Product& Y, const Stage<T, kN, kGate>& stage,
                                const Weights<T, kUnits>& weights) {
@@ -254,39 +266,32 @@ struct Scanner {
     for (int e = 0; e < kColumns / 2; ++e) S[e] *= chunk_decay;
     ptx::wgmma_fence_operand(S);  // under the product
     if constexpr (kParts > 1) weigh_inputs(x_weighted, x, weights.input_weight[half]);
-    if constexpr (!kStateOnly) {
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_fence_operand(Y);
-    }
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(Y);
     if constexpr (kParts == 1) weigh_inputs(x_weighted, x, weights.input_weight[half]);
-    ptx::wgmma_fence();
-    tile::product_rs<T, kColumns, kQ / 16>(S, x_weighted,
-                                           tile::MnMajor<kQ>{stage.B + part * kColumns * kQ}, true);
-    ptx::wgmma_commit_group();
+    add_inputs(S, x_weighted, stage);
     auto& own_Y = tile::front<kTokens / 2>(Y);
     Output sent;
-    if constexpr (!kStateOnly) {
-      if constexpr (kParts > 1) {
-        send(Y);
-        keep_own(Y);
-        OwnTokens own_x;
-        tile::load_transposed<kTokens / 16>(own_x, stage.x[half] + part * kTokens * kP, me);
-        decay_and_skip(own_Y, own_x, weights.row_decay[half]);
-        tile::load_transposed<kQ / 16>(x, stage.x[half], me);  // again: registers are scarce above
-      } else {
-        decay_and_skip(own_Y, x, weights.row_decay[half]);
-      }
-      ptx::wgmma_fence_operand(own_Y);
-      ptx::wgmma_fence();
-      const T* scores = weights.scores[half] + part * kTokens * kQ;
-      tile::product_rs<T, kTokens, kQ / 16>(own_Y, x, tile::KMajor<kTokens>{scores}, true);
-      ptx::wgmma_commit_group();
-      if constexpr (kParts > 1) receive(sent);
+    if constexpr (kParts > 1) {
+      send(Y);
+      keep_own(Y);
+      OwnTokens own_x;
+      tile::load_transposed<kTokens / 16>(own_x, stage.x[half] + part * kTokens * kP, me);
+      decay_and_skip(own_Y, own_x, weights.row_decay[half]);
+      tile::load_transposed<kQ / 16>(x, stage.x[half], me);  // again: registers are scarce above
+    } else {
+      decay_and_skip(own_Y, x, weights.row_decay[half]);
     }
+    ptx::wgmma_fence_operand(own_Y);
+    ptx::wgmma_fence();
+    const T* scores = weights.scores[half] + part * kTokens * kQ;
+    tile::product_rs<T, kTokens, kQ / 16>(own_Y, x, tile::KMajor<kTokens>{scores}, true);
+    ptx::wgmma_commit_group();
+    if constexpr (kParts > 1) receive(sent);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(S);
-    if constexpr (!kStateOnly) ptx::wgmma_fence_operand(own_Y);
-    if constexpr (!kStateOnly && kParts > 1) add_decayed(own_Y, sent, weights.row_decay[half]);
+    ptx::wgmma_fence_operand(own_Y);
+    if constexpr (kParts > 1) add_decayed(own_Y, sent, weights.row_decay[half]);
   }
   // y to the storer.
   MAMBA2_DEVICE void hand_over(const OwnTokens& y, tile::RingPosition<kBuffers>& to) const {
@@ -298,12 +303,11 @@ struct Scanner {
     to.advance();
   }
 
-  MAMBA2_DEVICE void run() {
+  MAMBA2_DEVICE void run_forwards() {
     State S;
-    OwnTokens y;               // of the chunk before, rounded
-    bool y_waits = false;      // to be handed over, under this chunk's S C^T
-    bool enters = true;        // a run or a sequence begins, or nothing follows
-    float through_log2 = 0.f;  // of the run, pass one
+    OwnTokens y;           // of the chunk before, rounded
+    bool y_waits = false;  // to be handed over, under this chunk's S C^T
+    bool enters = true;    // a run or a sequence begins, or nothing follows
     tile::RingPosition<kStages> at;
     tile::RingPosition<kBuffers> from, to;
     for (;; at.advance(), from.advance()) {
@@ -315,24 +319,55 @@ struct Scanner {
         if (y_waits) hand_over(y, to);
         y_waits = false;
         if (tile::uniform(info.flags) & kExit) return;
-        enter_run(S, info, through_log2);
+        enter_run(S, info);
       }
       Product Y;
-      if constexpr (!kStateOnly) {
-        read_state(Y, S, stage.C);
-        if (y_waits) hand_over(y, to);
-      }
+      read_state(Y, S, stage.C);
+      if (y_waits) hand_over(y, to);
       s.weights_ring.wait_full(from);
       add_chunk(S, Y, stage, weights);
-      if constexpr (kStateOnly) through_log2 += weights.a_log2[half][kQ - 1];
-      if constexpr (kGate && !kStateOnly) gate(tile::front<kTokens / 2>(Y), stage.z[half]);
+      if constexpr (kGate) gate(tile::front<kTokens / 2>(Y), stage.z[half]);
       s.weights_ring.release(from);
       const int flags = tile::uniform(info.flags);
       enters = (flags & (kEndsTask | kEndsSequence)) != 0;
-      if (enters) leave_run(S, info, through_log2);
+      if (enters) leave_run(S, info);
       s.ring.release(at);
-      if constexpr (!kStateOnly) tile::round_to_fragments<T>(y, tile::front<kTokens / 2>(Y));
-      y_waits = !kStateOnly;
+      tile::round_to_fragments<T>(y, tile::front<kTokens / 2>(Y));
+      y_waits = true;
+    }
+  }
+  // Pass one, from a run's last chunk to its first: a chunk's product runs while the next chunk's x
+  // is weighed, and its stage is let go after that.
+  MAMBA2_DEVICE void run_backwards() {
+    State S;
+    tile::RingPosition<kStages> at, before;
+    tile::RingPosition<kBuffers> from;
+    for (;;) {
+      s.ring.wait_full(at);
+      if (tile::uniform(s.info[at.stage].flags) & kExit) return;
+      begin_task(s.info[at.stage]);
+      clear(S);
+      float through_log2 = 0.f;  // from behind the chunk to the run's end
+      for (int flags = 0; !(flags & kEndsTask); before = at, at.advance(), from.advance()) {
+        s.ring.wait_full(at);
+        const auto& stage = s.stage[at.stage];
+        const auto& weights = s.weights[from.stage];
+        flags = tile::uniform(s.info[at.stage].flags);
+        s.weights_ring.wait_full(from);
+        Tokens x, weighted;
+        tile::load_transposed<kQ / 16>(x, stage.x[half], me);
+        weigh_inputs(weighted, x, weights.input_weight[half], ptx::ex2(through_log2));
+        through_log2 += weights.a_log2[half][kQ - 1];
+        s.weights_ring.release(from);
+        ptx::wgmma_wait_group<0>();
+        ptx::wgmma_fence_operand(S);
+        if (!(flags & kBeginsTask)) s.ring.release(before);
+        add_inputs(S, weighted, stage);
+      }
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(S);
+      store_added(S, s.info[before.stage], through_log2);
+      s.ring.release(before);
     }
   }
 };

@@ -22,9 +22,10 @@
 // Work: tasks (pair, run of chunks), persistent blocks.
 //   tickets:  runs follow one another through a fp32 carry in global memory, in ticket order (a
 //             task waits only for one with a smaller ticket): exact, any cut gives the same bits.
-//   segments: runs start from known states: pass one (kStateOnly) computes what each run adds, pass
-//             two adds up those before each run (many: segment_scan has done so) and runs all of
-//             them at once.
+//   segments: runs start from known states: pass one (kStateOnly) computes what each run adds, from
+//             its last chunk to its first, with decays up to the run's end, so that the sum is
+//             never scaled; pass two adds up those before each run (many: segment_scan has done so)
+//             and runs all of them at once.
 // Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), two buffers of
 // weights and of y: 218 KB at n = 128, 199 at n = 256. Registers: scorer 96, scanner 184.
 // Bound: tensor pipe, HBM, shared memory and issue slots within 1.5x of each other; see
@@ -57,8 +58,7 @@ enum class Schedule : int { tickets, segments };
 struct FusedScanArgs {
   ptx::TensorMap x, B, C, z, y;  // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
   Chunking chunking;
-  int total_chunks;  // bound of the chunk index
-  int rows;          // b, or packed sequences
+  int rows;  // b, or packed sequences
   int h, p, g, n;
   StepInputs steps;
   AnyFloat D;
@@ -101,7 +101,8 @@ MAMBA2_DEVICE Task task_of(const FusedScanArgs& args, int ticket) {
   const int pairs = args.pairs, pair = ticket % pairs;
   if (args.schedule == Schedule::segments) {
     const int segment = ticket / pairs, begin = segment * args.segment_chunks;
-    return {pair, segment, segment, begin, min(begin + args.segment_chunks, args.total_chunks)};
+    const int end = min(begin + args.segment_chunks, args.chunking.first(args.rows));
+    return {pair, segment, segment, begin, end};
   }
   const int row = ticket / pairs % args.rows, segment = ticket / pairs / args.rows;
   const int begin = args.chunking.first(row) + segment * args.segment_chunks;
@@ -109,21 +110,27 @@ MAMBA2_DEVICE Task task_of(const FusedScanArgs& args, int ticket) {
   return {pair, row, segment, begin, min(begin + args.segment_chunks, end)};
 }
 
-// The chunks of tasks one after another, for the warps that run ahead of the others.
+// The chunks of tasks one after another, for the warps that run ahead of the others. Backwards:
+// from a run's last chunk to its first, or to the first of the sequence that leaves it.
+template <bool kBackwards>
 struct Walk {
   Task task;
   int i;
   Chunk chunk;  // i_seq < 0: the task has no more
   MAMBA2_DEVICE void begin(const FusedScanArgs& args, int ticket) {
     task = task_of(args, ticket);
-    i = task.begin;
-    chunk = i < task.end ? args.chunking.at(i) : Chunk{-1};
+    i = kBackwards ? task.end - 1 : task.begin;
+    chunk = task.begin < task.end ? args.chunking.at(i) : Chunk{-1};
   }
+  MAMBA2_DEVICE bool at_first() const { return i == (kBackwards ? task.end - 1 : task.begin); }
   MAMBA2_DEVICE bool exists() const { return chunk.i_seq >= 0; }
   MAMBA2_DEVICE Chunk following(const FusedScanArgs& args, int n = 1) const {
-    return i + n < task.end ? args.chunking.after(chunk, i, n) : Chunk{-1};
+    const bool exists = kBackwards ? n <= min(i - task.begin, chunk.i_c) : i + n < task.end;
+    return exists ? args.chunking.after(chunk, i, kBackwards ? -n : n) : Chunk{-1};
   }
-  MAMBA2_DEVICE void go_to(const Chunk& following, int n = 1) { chunk = following, i += n; }
+  MAMBA2_DEVICE void go_to(const Chunk& following, int n = 1) {
+    chunk = following, i += kBackwards ? -n : n;
+  }
 };
 
 // What a stage holds, written by the loader beside the tiles.

@@ -90,7 +90,6 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
   FusedScanArgs args{};
   if (int e = make_chunking(in, kQ, at.chunking, &args.chunking, stream)) return e;
   if (int e = make_maps(params, &args)) return e;
-  args.total_chunks = int(shape.chunks(kQ));
   args.rows = int(shape.nseq);
   args.h = shape.h, args.p = shape.p, args.g = shape.g, args.n = shape.n;
   args.set_units();
