@@ -104,7 +104,7 @@ int chunk_scan_backward(const BackwardProblem& problem, const ChunkScanBackward&
                           shape.p,
                           shape.g,
                           shape.n,
-                          head_splits(shape),
+                          problem.splits,
                           1,
                           problem.delta,
                           problem.a_cumsum_log2,

@@ -376,8 +376,8 @@ int group_scan_backward(const BackwardProblem& problem, const GroupScanBackward&
   const Range range("group_scan_backward");
   const Shape& shape = problem.shape;
   const GroupParams params{
-      scan,    problem.chunking, problem.chunks,     shape.h,       shape.p,
-      shape.g, shape.n,          head_splits(shape), problem.delta, problem.a_cumsum_log2};
+      scan,    problem.chunking, problem.chunks, shape.h,       shape.p,
+      shape.g, shape.n,          problem.splits, problem.delta, problem.a_cumsum_log2};
   return problem.dtype == DType::bf16 ? run<bf16>(params, stream) : run<f16>(params, stream);
 }
 

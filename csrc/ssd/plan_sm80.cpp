@@ -27,6 +27,12 @@ constexpr int kBlocksWanted = 6;
 // ... none so short that a second pass over x and three launches cost more than they save.
 constexpr int kLeastChunks = 8;
 
+// No more splits of a group's heads than leave each so many: partial sums of few heads cost memory
+// and traffic.
+constexpr int kLeastHeads = 16;
+// What a block of chunk_scan_backward does once, C B^T and dCB, in heads.
+constexpr int kHeadsOnce = 2;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -43,6 +49,22 @@ void plan_segments(const Problem& problem, const Device& device, Plan* plan) {
   if (plan->batch_invariant || blocks >= kFewBlocks * sms) return;
   const int64_t segments = std::min(kBlocksWanted * sms / blocks, chunks / kLeastChunks);
   if (segments > 1) plan->segment_chunks = static_cast<int>(ceil_div(chunks, segments));
+}
+
+// The fewest splits with which the blocks of chunk_scan_backward, one an SM, are done the earliest.
+int plan_head_splits(const Problem& problem, const Device& device, const Plan& plan) {
+  const Shape& shape = problem.shape;
+  const int64_t heads = shape.heads_per_group(), most = ceil_div(heads, kLeastHeads);
+  if (plan.batch_invariant) return static_cast<int>(most);
+  const int64_t blocks = shape.chunks(plan.q) * shape.g, sms = std::max(1, device.sm_count);
+  int64_t best = 1, least_time = INT64_MAX;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t in_split = ceil_div(heads, splits);
+    if (in_split * (splits - 1) >= heads) continue;  // the last one would be empty
+    const int64_t time = ceil_div(blocks * splits, sms) * (in_split + kHeadsOnce);
+    if (time < least_time) best = splits, least_time = time;
+  }
+  return static_cast<int>(best);
 }
 
 }  // namespace mamba2::ssd::sm80

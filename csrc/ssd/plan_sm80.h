@@ -11,4 +11,8 @@ constexpr int kShortSegments = 2;  // sequences in segments of two chunks, whate
 // Completes a plan of tier sm80, the same for both directions: segment_chunks.
 void plan_segments(const Problem& problem, const Device& device, Plan* plan);
 
+// Backward: in how many splits the heads of a group are summed over, each by a block a chunk that
+// leaves its sums of dB, dC and dCB in memory. No split is empty.
+int plan_head_splits(const Problem& problem, const Device& device, const Plan& plan);
+
 }  // namespace mamba2::ssd::sm80

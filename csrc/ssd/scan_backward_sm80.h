@@ -18,6 +18,7 @@ struct BackwardProblem {
   const float* a_cumsum_log2 = nullptr;  // (chunks, h, q)
   const float* a_rest_log2 = nullptr;    // (chunks, h, q)   what a_cumsum_log2 lacks
   Segments segments;
+  int splits = 1;  // of the heads of a group: plan_head_splits
   int sm_count = 1;
   int max_smem_bytes = 0;  // that a block of this card may have
 };
@@ -46,7 +47,7 @@ struct ChunkScanBackward {
   const void* G = nullptr;    // (chunks, h, p, n)       T
   StridedOut dx;              // (b, l, h, p)            T, out
   void* dCB = nullptr;        // (chunks, g, splits, q, q) T, out: [j][i], summed over the split
-  float* rows = nullptr;      // (chunks, h, q)          out: R_i - Q_i
+  float* rows = nullptr;      // (chunks, h, q)          out: R_i - Q_i; may lie in a_rest_log2
   float* columns = nullptr;   // (chunks, h, q)          out: sum_{i>=j} V_ij
   float* to_state = nullptr;  // (chunks, h, q)          out: F_j / delta_j
   float* dD = nullptr;        // (chunks, width of D)    out, with D
@@ -68,12 +69,5 @@ struct GroupScanBackward {
 int group_scan_parts(const Shape& shape);
 int group_scan_backward(const BackwardProblem& problem, const GroupScanBackward& scan,
                         void* stream);
-
-// Heads of a group are summed over in splits of so many, whatever the batch: partial sums of few
-// heads cost memory and traffic, long splits leave a small problem too few blocks.
-constexpr int kHeadsPerSplit = 16;
-inline int head_splits(const Shape& shape) {
-  return (shape.heads_per_group() + kHeadsPerSplit - 1) / kHeadsPerSplit;
-}
 
 }  // namespace mamba2::ssd::sm80

@@ -100,10 +100,26 @@ def test_bits_do_not_depend_on_the_card(emulated, run):
     same_bits(wide, run(inputs, *gradients))
 
 
+@pytest.mark.parametrize("sms", [1, 1000])
 @pytest.mark.parametrize("h, g", [(34, 1), (36, 2), (16, 16)])
-def test_splits_of_a_group(run, h, g):
-    """Three splits of a group, two uneven ones, and groups of a single head."""
+def test_splits_of_a_group(emulated, run, h, g, sms):
+    """One split; three of a group, two uneven ones, and groups of a single head."""
+    emulated.schedule(sms=sms)
     check(run, Case(b=1, l=140, h=h, g=g, p=16, n=16, dtype=BF16, D="h"))
+
+
+def test_splits_do_not_depend_on_the_batch_when_batch_invariant(emulated):
+    case = Case(b=2, l=130, h=20, g=1, p=16, n=16, dtype=BF16, D="h")
+    inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
+
+    def dB(sms, row, plan=SM80):
+        emulated.schedule(sms=sms)
+        mine = {k: v[row] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
+        return run_ops(emulated.ops, plan)(mine, dy[row], d_final[row])["dB"]
+
+    both, second, invariant = slice(0, 2), slice(1, 2), SM80 | 1 << 8
+    assert torch.equal(dB(1, both, invariant)[1:], dB(1000, second, invariant))
+    assert not torch.equal(dB(1, second), dB(1000, second)), "the plan is to have changed"
 
 
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": (3, 3, 140, 150, 290)}], ids=str)
