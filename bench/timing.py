@@ -8,13 +8,14 @@ L2_FLUSH_BYTES = 256 << 20
 COPY_BYTES = 2 << 30
 
 
-def median_ms(call, budget_ms=300.0, most=200):
-    """Median GPU time of call(), in ms: calls follow one another with no synchronisation."""
+def median_ms(call, budget_ms=300.0, most=200, count=None):
+    """Median GPU time of call(), in ms: calls follow one another with no synchronisation. Ranks
+    that call together give `count`, lest each finds its own."""
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     call()
     torch.cuda.synchronize()
     once = elapsed([timed(call, flush) for _ in range(5)])
-    count = max(10, min(most, int(budget_ms / statistics.median(once))))
+    count = count or max(10, min(most, int(budget_ms / statistics.median(once))))
     return statistics.median(elapsed([timed(call, flush) for _ in range(count)]))
 
 

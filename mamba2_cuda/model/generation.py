@@ -151,6 +151,6 @@ class Decoder:
         self.cache.seen, self.cache.padded = 1, True
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=stream):
             self.advance(self.token)
         self.forget()
