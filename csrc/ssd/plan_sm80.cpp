@@ -20,12 +20,11 @@ bool supports(const Problem& problem, const Device& device) {
 namespace {
 
 constexpr int kSweepP = 64, kSweepN = 128;  // of the state, in a block of a sweep
-// Sweeps are cut when they would leave an SM with fewer blocks than hide the latency of a step, ...
-constexpr int kFewBlocks = 2;
+// Sweeps are cut when they would leave SMs idle, ...
 // ... into as many segments as give it so many (three are resident: two waves), ...
 constexpr int kBlocksWanted = 6;
 // ... none so short that a second pass over x and three launches cost more than they save.
-constexpr int kLeastChunks = 8;
+constexpr int kLeastChunks = 32;
 
 // No more splits of a group's heads than leave each so many: partial sums of few heads cost memory
 // and traffic.
@@ -46,7 +45,7 @@ void plan_segments(const Problem& problem, const Device& device, Plan* plan) {
   const int64_t chunks = ceil_div(shape.l, plan->q), sms = std::max(1, device.sm_count);
   const int64_t blocks = std::max<int64_t>(
       1, shape.nseq * shape.h * ceil_div(shape.p, kSweepP) * ceil_div(shape.n, kSweepN));
-  if (plan->batch_invariant || blocks >= kFewBlocks * sms) return;
+  if (plan->batch_invariant || blocks >= sms) return;
   const int64_t segments = std::min(kBlocksWanted * sms / blocks, chunks / kLeastChunks);
   if (segments > 1) plan->segment_chunks = static_cast<int>(ceil_div(chunks, segments));
 }

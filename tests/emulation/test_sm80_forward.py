@@ -143,7 +143,7 @@ def test_segment_state(emulated, run):
 
 def test_a_sequence_is_cut_unless_batch_invariant(emulated):
     """From the third segment on a state is the sum of what segments add, in other bits."""
-    case = Case(b=1, l=3100, h=1, g=1, p=16, n=16, dtype=torch.bfloat16, decay="weak")
+    case = Case(b=1, l=12400, h=1, g=1, p=16, n=16, dtype=torch.bfloat16, decay="weak")
     tensors, options = op_arguments(make_inputs(case))
 
     def final_states(sms, plan):
