@@ -106,7 +106,7 @@ def step_problem(b, state_dtype, h=80, p=64, n=128):
     states = [normal(b, h, p, n, dtype=state_dtype) for _ in range(steps)]
     x, z, B, C = normal(b, h, p), normal(b, h, p), normal(b, 1, n), normal(b, 1, n)
     dt, A, D, bias = normal(b, h), -torch.rand(h, device="cuda"), normal(h), normal(h)
-    options = {"D": D, "z": z, "dt_bias": bias, "dt_softplus": True}
+    options = {"D": D, "z": z, "dt_bias": bias, "dt_softplus": True, "early_state": steps > 1}
 
     def call():
         for state in states:

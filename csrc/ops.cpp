@@ -66,11 +66,13 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
 
   // Decode: x, z (b, T, h, p) or (b, h, p); dt (b, T, h) or (b, h); B, C (b, T, g, n) or (b, g, n);
   // state (b or slots, h, p, n) of fp64, fp32, bf16, fp16, updated in place;
-  // state_indices, out_state_indices (b) int32, negative: padding. y as x.
+  // state_indices, out_state_indices (b) int32, negative: padding. y as x. early_state: the work
+  // queued just before writes neither state nor indices, so that they may be read early.
   m.def(
       "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
       "Tensor? z, Tensor? dt_bias, " SSD_DELTA_OPTIONS
-      "Tensor? state_indices, Tensor? out_state_indices, int plan) -> Tensor y");
+      "Tensor? state_indices, Tensor? out_state_indices, int plan, bool early_state=False)"
+      " -> Tensor y");
 
   // The depthwise convolution before the scan. x, y (b, l, d) of one dtype; weight (d, w), w 2 to
   // 4; bias (d); states (nseq, w - 1, d) of x's dtype: the last inputs, the oldest first; silu:
@@ -100,6 +102,18 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       "gated_rmsnorm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, "
       "int group_size, bool norm_before_gate, Tensor(a!)? dx, Tensor(b!)? dz)"
       " -> (Tensor dx, Tensor dweight, Tensor dz)");
+
+  // Convolution, scan and norm of a mixer at once. zxBCdt (b, l, 2 h p + 2 g n + h) is [z | x | B |
+  // C | dt]; conv_weight (h p + 2 g n, 1, w), conv_bias (h p + 2 g n); A_log, dt_bias (h), D (h) or
+  // (h, p); norm_weight (h p), without which z gates inside the scan. conv_state (b, w - 1, h p + 2
+  // g n) and ssm_state (b, h, p, n) are begun from, and left with the last states in them. Returns
+  // out (b, l, h p), the convolution's output, y (b, l, h p; absent without a norm) and A (h).
+  m.def(
+      "conv_scan_norm_forward(Tensor zxBCdt, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, "
+      "Tensor D, Tensor dt_bias, Tensor? norm_weight, Tensor? cu_seqlens, Tensor(a!)? conv_state, "
+      "Tensor(b!)? ssm_state, int h, int p, int g, int n, float dt_min, float dt_max, float eps, "
+      "int group_size, bool norm_before_gate, int plan)"
+      " -> (Tensor out, Tensor xBC, Tensor y, Tensor A)");
 
   // Decode: a norm and the projection behind it, for few rows. x, z (b, d) of one dtype;
   // norm_weight (d); weight (o, d), whose dtype norm's result is rounded to and y has; bias (o).

@@ -120,6 +120,19 @@ def _(dy, x, weight, z, eps, group_size, norm_before_gate, dx, dz):
     )  # fmt: skip
 
 
+@fake("mamba2_cuda::conv_scan_norm_forward")
+def _(
+    zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens, conv_state,
+    ssm_state, h, p, *_options,
+):  # fmt: skip
+    def rows(channels):
+        return zxBCdt.new_empty(*zxBCdt.shape[:2], channels)
+
+    y = zxBCdt.new_empty(0) if norm_weight is None else rows(h * p)
+    A = A_log.new_empty(h, dtype=state_dtype(A_log))
+    return rows(h * p), rows(conv_weight.shape[0]), y, A
+
+
 @fake("mamba2_cuda::norm_linear")
 def _(x, norm_weight, z, weight, bias, residual, *_options):
     return weight.new_empty((x.shape[0], weight.shape[0]) if residual is None else 0)

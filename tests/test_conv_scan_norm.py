@@ -39,7 +39,7 @@ def make(
 
     tensors = {
         "zxBCdt": normal(1 if cu_seqlens else b, l, layout.width),
-        "conv_weight": normal(layout.conv_channels, width),
+        "conv_weight": normal(layout.conv_channels, 1, width),
         "conv_bias": normal(layout.conv_channels),
         "A_log": normal(heads),
         "D": normal(heads, headdim) if D_has_hdim else normal(heads),
@@ -57,7 +57,7 @@ def plain(tensors, cu_seqlens, options):
     layout = options.layout
     z, xBC, dt = layout.split(tensors["zxBCdt"])
     xBC = reference.causal_conv1d(
-        xBC, tensors["conv_weight"], tensors["conv_bias"], cu_seqlens=cu_seqlens
+        xBC, tensors["conv_weight"][:, 0], tensors["conv_bias"], cu_seqlens=cu_seqlens
     )
     x, B, C = layout.split_conv(xBC)
     norm_weight = tensors["norm_weight"]
@@ -116,6 +116,33 @@ def test_compile(name, device):
     got, expected = with_gradients(compiled, *problem), with_gradients(fused, *problem)
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_opcheck(states, device, ops):
+    tensors, cu_seqlens, options = make(device=device)
+    layout = options.layout
+    sizes = (3, layout.conv_channels), (layout.heads, layout.headdim, layout.d_state)
+    zeros = [torch.zeros(2, *s, dtype=F64, device=device) if states else None for s in sizes]
+    arguments = [None if t is None else t.detach() for t in tensors.values()]
+    torch.library.opcheck(
+        ops.conv_scan_norm_forward.default,
+        (*arguments, cu_seqlens, *zeros, *options.of_forward(), 0),
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(zxBCdt=torch.ones(2, 9, 7)), r"zxBCdt must be \(b, l, 2 h p \+ 2 g n \+ h=84\)"),
+        (dict(conv_weight=torch.ones(48, 4)), r"conv_weight must be \(d=48, 1=1, w\), got"),
+        (dict(A_log=torch.ones(3)), r"A_log must be \(h=4,\), got \(3,\)"),
+    ],
+)
+def test_refusals(change, message):
+    tensors, *rest = make()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"conv_scan_norm: {message}"):
+        fused(tensors | change, *rest)
 
 
 def test_gradients_that_nobody_wants_are_not_given():

@@ -38,6 +38,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
   const int slab = static_cast<int>(blockDim.x) * kVec;
   const int first_k = static_cast<int>(threadIdx.x) * kVec;
 
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   float v[kVec], sum = 0;
   MAMBA2_NO_UNROLL
   for (int k = first_k + (ceil_div(params.d, slab) - 1) * slab; k >= first_k; k -= slab) {
@@ -74,6 +76,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kAnyThreads, 1)
     add_norm_any(MAMBA2_GRID_CONSTANT const Params params) {
   U* s_sums = static_cast<U*>(ptx::dynamic_smem());
   const int64_t row = blockIdx.x, first = row * params.residual_stride;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   U sum = 0;
   for (int i = threadIdx.x; i < params.d; i += kAnyThreads) {
     U v = load<U>(AnyFloat{params.residual, params.residual_dtype}, first + i);
@@ -108,6 +112,7 @@ bool fits(const Params& params) {
 int run(const Params& params, void* stream) {
   LaunchShape at;
   at.grid = dim3(static_cast<unsigned>(params.b));
+  at.programmatic = true;
   if (!fits(params)) {
     const bool wide = params.residual_dtype == DType::f64 || params.dtype == DType::f64;
     return with_accumulator(wide ? DType::f64 : DType::f32, [&](auto tag) {

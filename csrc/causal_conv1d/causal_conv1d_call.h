@@ -44,4 +44,8 @@ StepCall prepare_step(const Tensor& state, const Tensor& x, const Tensor& weight
 using ForwardResult = std::tuple<Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// The forward operator on one kind of device: y, and the final states.
+ForwardResult forward_on_cpu(const Arguments& arguments, bool return_final_states);
+ForwardResult forward_on_cuda(const Arguments& arguments, bool return_final_states);
+
 }  // namespace mamba2::causal_conv1d

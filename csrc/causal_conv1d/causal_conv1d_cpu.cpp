@@ -246,11 +246,7 @@ void step_as(const StepParams& params) {
 ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
                            OptionalTensor initial_states, OptionalTensor cu_seqlens, bool silu,
                            bool return_final_states) {
-  const ForwardCall call =
-      prepare_forward({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
-  call.params.in.dtype == DType::f64 ? forward_as<double>(call.params)
-                                     : forward_as<float>(call.params);
-  return {call.y, call.final_states};
+  return forward_on_cpu({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
 }
 
 BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
@@ -272,6 +268,13 @@ Tensor conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, boo
 }
 
 }  // namespace
+
+ForwardResult forward_on_cpu(const Arguments& arguments, bool return_final_states) {
+  const ForwardCall call = prepare_forward(arguments, return_final_states);
+  call.params.in.dtype == DType::f64 ? forward_as<double>(call.params)
+                                     : forward_as<float>(call.params);
+  return {call.y, call.final_states};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
   m.impl("causal_conv1d_forward", TORCH_BOX(&conv_forward));

@@ -20,18 +20,7 @@ bool has_no_token(const Shape& shape) { return shape.b == 0 || shape.l == 0; }
 ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
                            OptionalTensor initial_states, OptionalTensor cu_seqlens, bool silu,
                            bool return_final_states) {
-  const Range range("causal_conv1d");
-  const ForwardCall call =
-      prepare_forward({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
-  if (has_no_token(call.params.in.shape)) {  // the final states are the initial ones, or zeros
-    fill(call.final_states, initial_states);
-    return {call.y, call.final_states};
-  }
-  const OnDevice at(x);
-  const std::size_t bytes = forward_workspace_bytes(call.params.in.shape);
-  const Tensor scratch = bytes ? allocate_bytes(int64_t(bytes), x) : call.final_states;
-  at.check_launch("causal_conv1d", forward(call.params, pointer(scratch), at.stream()));
-  return {call.y, call.final_states};
+  return forward_on_cuda({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
 }
 
 BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
@@ -65,6 +54,20 @@ Tensor conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, boo
 }
 
 }  // namespace
+
+ForwardResult forward_on_cuda(const Arguments& arguments, bool return_final_states) {
+  const Range range("causal_conv1d");
+  const ForwardCall call = prepare_forward(arguments, return_final_states);
+  if (has_no_token(call.params.in.shape)) {  // the final states are the initial ones, or zeros
+    fill(call.final_states, arguments.initial_states);
+    return {call.y, call.final_states};
+  }
+  const OnDevice at(arguments.x);
+  const std::size_t bytes = forward_workspace_bytes(call.params.in.shape);
+  const Tensor scratch = bytes ? allocate_bytes(int64_t(bytes), arguments.x) : call.final_states;
+  at.check_launch("causal_conv1d", forward(call.params, pointer(scratch), at.stream()));
+  return {call.y, call.final_states};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
   m.impl("causal_conv1d_forward", TORCH_BOX(&conv_forward));

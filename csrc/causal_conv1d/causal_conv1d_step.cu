@@ -14,6 +14,8 @@ template <class T, int kWidth>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
     conv_step(MAMBA2_GRID_CONSTANT const StepParams params) {
   using U = accumulator_t<T>;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, i_b = i / params.d;
   const int i_d = static_cast<int>(i % params.d);
   if (i_b >= params.b) return;
@@ -50,6 +52,7 @@ int step(const StepParams& params, void* stream) {
       LaunchShape at;
       at.grid = dim3(static_cast<unsigned>(ceil_div(params.b * params.d, kThreads)));
       at.threads = kThreads;
+      at.programmatic = true;
       return launch(conv_step<T, width()>, at, stream, params);
     });
   });

@@ -17,6 +17,7 @@ constexpr const char* kOperators[] = {
     "causal_conv1d_step",
     "gated_rmsnorm_forward",
     "gated_rmsnorm_backward",
+    "conv_scan_norm_forward",
     "norm_linear",
     "add_norm",
 };

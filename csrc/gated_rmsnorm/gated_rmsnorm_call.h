@@ -38,4 +38,8 @@ BackwardCall prepare_backward(const Tensor& dy, const Arguments& arguments,
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
+// The forward operator on one kind of device.
+Tensor forward_on_cpu(const Arguments& arguments);
+Tensor forward_on_cuda(const Arguments& arguments);
+
 }  // namespace mamba2::gated_rmsnorm

@@ -137,11 +137,7 @@ void with_gate_and_type(const Inputs& in, F f) {
 
 Tensor norm_forward(Tensor x, Tensor weight, OptionalTensor z, double eps, int64_t group_size,
                     bool norm_before_gate) {
-  const ForwardCall call = prepare_forward({x, weight, z, eps, group_size, norm_before_gate});
-  with_gate_and_type(call.params.in, [&](auto gate, auto zero) {
-    forward_as<gate(), decltype(zero)>(call.params);
-  });
-  return call.y;
+  return forward_on_cpu({x, weight, z, eps, group_size, norm_before_gate});
 }
 
 BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor z, double eps,
@@ -157,6 +153,14 @@ BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor 
 }
 
 }  // namespace
+
+Tensor forward_on_cpu(const Arguments& arguments) {
+  const ForwardCall call = prepare_forward(arguments);
+  with_gate_and_type(call.params.in, [&](auto gate, auto zero) {
+    forward_as<gate(), decltype(zero)>(call.params);
+  });
+  return call.y;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
   m.impl("gated_rmsnorm_forward", TORCH_BOX(&norm_forward));

@@ -13,11 +13,7 @@ namespace {
 
 Tensor norm_forward(Tensor x, Tensor weight, OptionalTensor z, double eps, int64_t group_size,
                     bool norm_before_gate) {
-  const Range range("gated_rmsnorm");
-  const ForwardCall call = prepare_forward({x, weight, z, eps, group_size, norm_before_gate});
-  const OnDevice at(x);
-  at.check_launch("gated_rmsnorm", forward(call.params, at.stream()));
-  return call.y;
+  return forward_on_cuda({x, weight, z, eps, group_size, norm_before_gate});
 }
 
 BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor z, double eps,
@@ -41,6 +37,14 @@ BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor 
 }
 
 }  // namespace
+
+Tensor forward_on_cuda(const Arguments& arguments) {
+  const Range range("gated_rmsnorm");
+  const ForwardCall call = prepare_forward(arguments);
+  const OnDevice at(arguments.x);
+  at.check_launch("gated_rmsnorm", forward(call.params, at.stream()));
+  return call.y;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
   m.impl("gated_rmsnorm_forward", TORCH_BOX(&norm_forward));

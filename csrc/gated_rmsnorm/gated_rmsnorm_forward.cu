@@ -28,8 +28,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(max_threads(kVectors), min_blocks(kVectors)
     }
     ptx::cp_async_commit_group();
   };
-  load(range.first);
   sums.clear_missing();
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  load(range.first);
   float weight[kVectors][C::kVec];
   columns.load(in.weight, weight);
   MAMBA2_NO_UNROLL
@@ -71,6 +73,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kAnyThreads, 1)
   const RowRange range = rows_of_block(in, 1);
   Sums<U>& sums = *static_cast<Sums<U>*>(ptx::dynamic_smem());
   sums.clear_missing();
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   const RowCursor row(in, range.first);
   const int64_t first = int64_t(range.group) * in.s;
   const auto at = [&](const void* ptr, int64_t b, int64_t l, int i) {
@@ -103,6 +107,7 @@ int forward(const ForwardParams& params, void* stream) {
   const int rows = rows_per_block(in);
   return with_gate(in.z.ptr != nullptr, in.norm_before_gate, [&](auto gate) {
     LaunchShape at;
+    at.programmatic = true;
     if (shape.threads == 0) {
       at.grid = dim3(static_cast<unsigned>(in.b * in.l * groups));
       at.threads = kAnyThreads;

@@ -40,6 +40,14 @@ BackwardCall prepare_backward(const char* op, const ScanArguments& arguments,
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
 using BackwardResult =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// ssd_scan's forward on one kind of device: y, the final states and what is kept for the backward,
+// which is nothing here.
+ForwardResult scan_forward_on_cpu(const ScanArguments& arguments, bool return_final_states,
+                                  int plan);
+ForwardResult scan_forward_on_cuda(const ScanArguments& arguments, bool return_final_states,
+                                   int plan);
+
 inline BackwardResult result_of(const BackwardCall& call) {
   return {call.dx, call.d_dt,      call.dA,
           call.dB, call.dC,        call.dD,

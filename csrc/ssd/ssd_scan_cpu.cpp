@@ -30,6 +30,11 @@ struct Cpu {
 
 }  // namespace
 
+ForwardResult scan_forward_on_cpu(const ScanArguments& arguments, bool return_final_states,
+                                  int plan) {
+  return Cpu::forward(arguments, return_final_states, /*save_states=*/false, plan);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) { implement_scan_operators<Cpu>(m); }
 
 }  // namespace mamba2::ssd

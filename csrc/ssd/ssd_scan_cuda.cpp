@@ -177,6 +177,11 @@ struct Cuda {
 
 }  // namespace
 
+ForwardResult scan_forward_on_cuda(const ScanArguments& arguments, bool return_final_states,
+                                   int plan) {
+  return Cuda::forward(arguments, return_final_states, /*save_states=*/false, plan);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
   implement_scan_operators<Cuda>(m);
 }

@@ -197,6 +197,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
   const Shape& shape = params.in.shape;
   const int i_h = blockIdx.x % shape.h;
   const int64_t i_b = blockIdx.x / shape.h;
+  if (!params.early_state) ptx::griddepcontrol_wait();
   const StepSlots slots = slots_of(params, i_b);
   const int64_t head = int64_t(i_h) * shape.p * shape.n;
   S* g_state = static_cast<S*>(params.state) + head;
@@ -206,14 +207,18 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
   const int64_t token_y = int64_t(shape.h) * shape.p;
   T* g_y = static_cast<T*>(params.y) + i_b * shape.l * token_y + i_h * shape.p + rows.own();
   if (slots.source < 0) {  // padding: y = 0
+    ptx::griddepcontrol_wait();
     for (int i_t = 0; i_t < shape.l; ++i_t) {
       if (has_own) g_y[i_t * token_y] = convert<T>(0.f);
     }
     return;
   }
-  // The state and the first token are on their way together.
+  // The state and the first token are on their way together; the state perhaps while the kernel
+  // that makes the token still runs.
   typename Rows<L>::PackedRows packed;
   rows.load(g_state + slots.source * params.slot_stride, shape.p, shape.n, packed);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   Token<L> token;
   if (shape.l > 0) token.load(rows, params.in, i_b, 0, i_h);
   AnyBits skip;  // D; 0 without
@@ -238,6 +243,7 @@ int run_vectors(const StepParams& params, void* stream) {
   at.grid =
       dim3(static_cast<unsigned>(shape.b * shape.h), ceil_div(shape.p, L::kRows * L::kGroups));
   at.threads = kThreads;
+  at.programmatic = true;
   return launch(ssd_step_vectors<L>, at, stream, params);
 }
 

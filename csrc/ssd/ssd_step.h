@@ -15,6 +15,7 @@ struct StepParams {
   const int* state_indices = nullptr;      // (b) where a state is read, optional: i_b
   const int* out_state_indices = nullptr;  // (b) where it is written, optional: where it was read
   void* y = nullptr;                       // (b, T, h, p) dtype, contiguous
+  bool early_state = false;                // the kernel in front writes neither state nor indices
 };
 
 // Where the state of batch entry i_b is read and written; negative: padding, or no such slot.

@@ -150,6 +150,7 @@ StepCall prepare_step(const StepArguments& a) {
   params.slot_stride = a.state.strides()[0];
   params.state_indices = indices_of(a.state_indices, call.kept);
   params.out_state_indices = indices_of(a.out_state_indices, call.kept);
+  params.early_state = a.early_state;
   const auto sizes = a.x.sizes();
   call.y = allocate(Sizes(sizes.begin(), sizes.end()), a.x.scalar_type(), a.x);
   params.y = call.y.mutable_data_ptr();

@@ -12,6 +12,7 @@ struct StepArguments {
   bool dt_softplus = false;
   double dt_min = 0, dt_max = 0;
   OptionalTensor state_indices, out_state_indices;
+  bool early_state = false;
 };
 
 struct StepCall {

@@ -91,9 +91,9 @@ void step_as(const StepParams& params) {
 Tensor step(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D,
             OptionalTensor z, OptionalTensor dt_bias, bool dt_softplus, double dt_min,
             double dt_max, OptionalTensor state_indices, OptionalTensor out_state_indices,
-            int64_t /*plan*/) {
+            int64_t /*plan*/, bool early_state) {
   const StepCall call = prepare_step({state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min,
-                                      dt_max, state_indices, out_state_indices});
+                                      dt_max, state_indices, out_state_indices, early_state});
   call.params.in.dtype == DType::f64 ? step_as<double>(call.params) : step_as<float>(call.params);
   return call.y;
 }

@@ -14,9 +14,9 @@ namespace {
 Tensor step(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D,
             OptionalTensor z, OptionalTensor dt_bias, bool dt_softplus, double dt_min,
             double dt_max, OptionalTensor state_indices, OptionalTensor out_state_indices,
-            int64_t /*plan*/) {
+            int64_t /*plan*/, bool early_state) {
   const StepCall call = prepare_step({state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min,
-                                      dt_max, state_indices, out_state_indices});
+                                      dt_max, state_indices, out_state_indices, early_state});
   const OnDevice at(x);
   at.check_launch("ssd_step", ssd_step(call.params, at.stream()));
   return call.y;

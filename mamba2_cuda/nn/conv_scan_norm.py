@@ -1,7 +1,9 @@
 """What stands between the mixer's two projections, as one differentiable function.
 
-It is causal_conv1d, ssd_scan and gated_rmsnorm one after another. Taken together their gradients
-land in one tensor, that of the projection, each in its slice: nothing is concatenated or copied.
+It is causal_conv1d, ssd_scan and gated_rmsnorm one after another. The forward is one operator, which
+cuts their slices out of the projection itself: the host is done sooner than with three. In the
+backward their gradients land in one tensor, that of the projection, each in its slice: nothing is
+concatenated or copied.
 """
 
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from mamba2_cuda.ops.ssd_scan import autocast
 from .layout import ProjectionLayout
 
 _ops = torch.ops.mamba2_cuda
+_forward = _ops.conv_scan_norm_forward.default
 
 
 class Options(NamedTuple):
@@ -29,6 +32,12 @@ class Options(NamedTuple):
         """Those of gated_rmsnorm, in its operator's order."""
         return self.eps, self.group_size, self.norm_before_gate
 
+    def of_forward(self):
+        """All, in the forward operator's order."""
+        layout = self.layout
+        sizes = layout.heads, layout.headdim, layout.ngroups, layout.d_state
+        return *sizes, *self.dt_limit, *self.of_norm()
+
 
 def conv_scan_norm(
     zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens, options, cache=None
@@ -40,7 +49,7 @@ def conv_scan_norm(
         out     = norm(y, z)      y silu(z) when norm_weight is None
 
     zxBCdt       (b, l, width)   the projection [z | x | B | C | dt] of options.layout
-    conv_weight  (channels, w)   over [x | B | C]; conv_bias (channels,) or None
+    conv_weight  (channels, 1, w)   over [x | B | C]; conv_bias (channels,) or None
     A_log, D, dt_bias            (h,); D also (h, p)
     norm_weight  (h p,) or None
     cu_seqlens   (nseq + 1,) or None: packed sequences, as ssd_scan has them
@@ -57,36 +66,8 @@ def conv_scan_norm(
         if cache is not None:
             raise RuntimeError("conv_scan_norm: a cache is for torch.no_grad")
         return _ConvScanNorm.apply(options, current_plan(), *arrays)
-    return forward(options, current_plan(), *arrays, cache)[0]
-
-
-def forward(
-    options, plan, zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens,
-    cache=None,
-):  # fmt: skip
-    """Returns out, the convolution's output, y (None without a norm: it is out) and A.
-
-    cache: a MixerCache to begin from, and to leave the last states in.
-    """
-    layout, keep = options.layout, cache is not None
-    z, xBC, dt = layout.split(zxBCdt)
-    xBC, conv_state = _ops.causal_conv1d_forward.default(
-        xBC, conv_weight, conv_bias, cache.conv if keep else None, cu_seqlens, True, keep
-    )
-    x, B, C = layout.split_conv(xBC)
-    A = cache.A if keep else A_of(A_log)
-    y, state, _ = _ops.ssd_scan_forward.default(
-        x, dt, A, B, C, D, layout.by_head(z) if norm_weight is None else None, dt_bias,
-        cache.ssm if keep else None, cu_seqlens, None, True, *options.dt_limit, keep, False, plan,
-    )  # fmt: skip
-    if keep:
-        cache.conv.copy_(conv_state)
-        cache.ssm.copy_(state)
-    y = y.flatten(-2)
-    if norm_weight is None:
-        return y, xBC, None, A
-    out = _ops.gated_rmsnorm_forward.default(y, norm_weight, z, *options.of_norm())
-    return out, xBC, y, A
+    states = (None, None) if cache is None else (cache.conv, cache.ssm)
+    return _forward(*arrays, *states, *options.of_forward(), current_plan())[0]
 
 
 def A_of(A_log):
@@ -97,7 +78,7 @@ def A_of(A_log):
 class _ConvScanNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, plan, *arrays):
-        out, xBC, y, A = forward(options, plan, *arrays)
+        out, xBC, y, A = _forward(*arrays, None, None, *options.of_forward(), plan)
         ctx.save_for_backward(*arrays, xBC, y, A)
         ctx.options, ctx.plan = options, plan
         return out
@@ -144,7 +125,7 @@ def backward(
         None, True, *options.dt_limit, plan, dx, d_dt, dB, dC, dz_of_scan,
     )  # fmt: skip
     _, d_conv_weight, d_conv_bias, _ = _ops.causal_conv1d_backward.default(
-        d_xBC, None, xBC_in, conv_weight, conv_bias, None, cu_seqlens, True, d_xBC_in
+        d_xBC, None, xBC_in, conv_weight[:, 0], conv_bias, None, cu_seqlens, True, d_xBC_in
     )
     # A = -exp(A_log) is its own derivative.
-    return d_zxBCdt, d_conv_weight, d_conv_bias, dA * A, dD, d_dt_bias, d_norm_weight
+    return d_zxBCdt, d_conv_weight[:, None], d_conv_bias, dA * A, dD, d_dt_bias, d_norm_weight

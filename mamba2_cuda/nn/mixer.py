@@ -134,7 +134,7 @@ class Mamba2(nn.Module):
     def whole(self, zxBCdt, cu_seqlens, cache):
         """All between the projections, where nothing is padding."""
         return functional.conv_scan_norm(
-            zxBCdt, self.conv1d.weight[:, 0], self.conv1d.bias, self.A_log, self.D_by_head(),
+            zxBCdt, self.conv1d.weight, self.conv1d.bias, self.A_log, self.D_by_head(),
             self.dt_bias, None if self.norm is None else self.norm.weight, cu_seqlens,
             self.options, cache,
         )  # fmt: skip
@@ -166,7 +166,9 @@ class Mamba2(nn.Module):
         """What is to be normed, and its gate: y (b, h p) and z."""
         z, xBC, dt = self.layout.split(zxBCdt)
         x, B, C = self.layout.split_conv(self.conv1d.step(xBC, cache.conv))
-        y = functional.ssd_step(cache.ssm, x, dt, cache.A, B, C, **self.scan_options(z))
+        y = functional.ssd_step(
+            cache.ssm, x, dt, cache.A, B, C, early_state=True, **self.scan_options(z)
+        )  # what is queued just before is the convolution
         return y.flatten(-2), z
 
     def A(self):

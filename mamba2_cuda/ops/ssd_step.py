@@ -12,7 +12,7 @@ _ops = torch.ops.mamba2_cuda
 
 def ssd_step(
     state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False,
-    dt_limit=(0.0, math.inf), state_indices=None, out_state_indices=None,
+    dt_limit=(0.0, math.inf), state_indices=None, out_state_indices=None, early_state=False,
 ):  # fmt: skip
     """One step of decoding, for one token a sequence or T of them; `state` is updated in place.
 
@@ -33,6 +33,8 @@ def ssd_step(
                        which reads and writes no state and whose y is 0
     out_state_indices  (b,) int32: the slot to leave the new state in, where it is not the same;
                        negative: nowhere. No slot may be written that another entry reads
+    early_state        a promise: what was queued just before writes neither `state` nor indices.
+                       They are then read while that still runs
 
     Arithmetic is fp32 (fp64 for fp64); between the tokens of a call the state is not rounded.
     Under autocast x, B, C and z, and nothing else, are cast. One kernel; no host synchronisation.
@@ -46,5 +48,5 @@ def ssd_step(
     x, B, C, z = autocast(x, B, C, z)
     return _ops.ssd_step(
         state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit, state_indices,
-        out_state_indices, current_plan(),
+        out_state_indices, current_plan(), early_state,
     )  # fmt: skip

@@ -1,0 +1,38 @@
+// conv_scan_norm on a CUDA device. The host emulation registers this file for CPU tensors, in a
+// namespace of its own.
+#include "../core/device.h"
+#include "../core/nvtx.h"
+#include "conv_scan_norm.h"
+#include "conv_scan_norm_operator.h"
+
+#ifndef MAMBA2_DISPATCH_KEY
+#define MAMBA2_DISPATCH_KEY CUDA
+#endif
+
+namespace mamba2::conv_scan_norm {
+namespace {
+
+struct Cuda {
+  static constexpr auto conv = causal_conv1d::forward_on_cuda;
+  static constexpr auto scan = ssd::scan_forward_on_cuda;
+  static constexpr auto norm = gated_rmsnorm::forward_on_cuda;
+
+  static Tensor decay_rates(const Tensor& A_log) {
+    const DType dtype = state_dtype(dtype_of(A_log));
+    const Tensor from = compact(A_log), A = allocate(Sizes{A_log.size(0)}, dtype, A_log);
+    const OnDevice at(A_log);
+    const int h = static_cast<int>(A_log.size(0));
+    at.check_launch(
+        "conv_scan_norm",
+        conv_scan_norm::decay_rates(any_float(from), h, A.mutable_data_ptr(), dtype, at.stream()));
+    return A;
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
+  m.impl("conv_scan_norm_forward", TORCH_BOX(&forward<Cuda>));
+}
+
+}  // namespace mamba2::conv_scan_norm
