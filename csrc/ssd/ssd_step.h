@@ -29,7 +29,8 @@ MAMBA2_HD StepSlots slots_of(const StepParams& params, int64_t i_b) {
   return {source, target};
 }
 
-// Returns a cudaError_t as int.
+// Each returns a cudaError_t as int. ssd_step_any takes what ssd_step has no faster kernel for.
 int ssd_step(const StepParams&, void* stream);
+int ssd_step_any(const StepParams&, void* stream);
 
 }  // namespace mamba2::ssd

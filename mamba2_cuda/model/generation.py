@@ -74,15 +74,20 @@ class Decoder:
         return texts
 
     def collect(self, texts, tokens, callback):
-        """Adds tokens (rows of columns) to the texts that have not ended."""
+        """Adds tokens (rows of columns) to the texts, up to their end."""
         eos = set(self.eos.tolist())
-        for column in zip(*tokens):
-            going = [not (text and text[-1] in eos) for text in texts]
-            for text, token, goes in zip(texts, column, going):
-                if goes:
-                    text.append(token)
-            if callback is not None:
-                callback([token if goes else None for token, goes in zip(column, going)])
+        added = []
+        for text, row in zip(texts, tokens):
+            if text and text[-1] in eos:
+                row = []
+            elif eos:
+                last = next((i for i, token in enumerate(row) if token in eos), len(row))
+                row = row[: last + 1]
+            text += row
+            added.append(row)
+        if callback is not None:
+            for i in range(len(tokens[0])):
+                callback([row[i] if i < len(row) else None for row in added])
 
     def start(self, prompts, max_new_tokens, seed):
         """Reads the prompts and chooses each row's first token."""

@@ -1,9 +1,9 @@
 """What stands between the mixer's two projections, as one differentiable function.
 
-It is causal_conv1d, ssd_scan and gated_rmsnorm one after another. The forward is one operator, which
-cuts their slices out of the projection itself: the host is done sooner than with three. In the
-backward their gradients land in one tensor, that of the projection, each in its slice: nothing is
-concatenated or copied.
+It is causal_conv1d, ssd_scan and gated_rmsnorm one after another. The forward is one operator,
+which cuts their slices out of the projection itself: the host is done sooner than with three. In
+the backward their gradients land in one tensor, that of the projection, each in its slice: nothing
+is concatenated or copied.
 """
 
 from typing import NamedTuple

@@ -12,6 +12,8 @@ SMALL = {k: CASES[k] for k in ("all", "few", "one token", "odd", "fp64")} | {
     "fp16, sliced": Case(b=1, l=3, h=4, p=8, n=128, dtype=torch.float16, sliced=True, z=True),
     "wide": Case(b=1, l=2, h=1, g=1, p=5, n=256, dtype=torch.bfloat16, D="hp"),
     "n 72": Case(b=1, l=2, h=2, p=3, n=72, dtype=torch.bfloat16, D="hp"),
+    "whole": Case(b=2, l=2, h=4, g=2, p=64, n=128, dtype=torch.bfloat16, z=True, D="hp"),
+    "more tasks than blocks": Case(b=2, l=1, h=560, g=1, p=3, n=8, dtype=torch.bfloat16, z=True),
 }
 
 
