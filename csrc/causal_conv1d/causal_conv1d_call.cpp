@@ -84,9 +84,10 @@ ForwardCall prepare_forward(const Arguments& a, bool return_final_states) {
   call.params.in = make_inputs(a, shape, call.kept);
   call.y = allocate(sizes_of(a.x), a.x.scalar_type(), a.x);
   call.params.y = rows_out(call.y);
-  const Sizes states = return_final_states ? sizes_of_states(shape) : Sizes{0};
-  call.final_states = allocate(states, a.x.scalar_type(), a.x);
-  if (return_final_states) call.params.final_states = call.final_states.mutable_data_ptr();
+  if (return_final_states) {
+    call.final_states = allocate(sizes_of_states(shape), a.x.scalar_type(), a.x);
+    call.params.final_states = call.final_states.mutable_data_ptr();
+  }
   return call;
 }
 

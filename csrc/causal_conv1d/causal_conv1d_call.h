@@ -15,7 +15,7 @@ struct Arguments {
 
 struct ForwardCall {
   ForwardParams params;
-  Tensor y, final_states;
+  Tensor y, final_states;    // final_states undefined where not asked for
   std::vector<Tensor> kept;  // copies that params point into
 };
 ForwardCall prepare_forward(const Arguments& arguments, bool return_final_states);
@@ -44,7 +44,7 @@ StepCall prepare_step(const Tensor& state, const Tensor& x, const Tensor& weight
 using ForwardResult = std::tuple<Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The forward operator on one kind of device: y, and the final states.
+// The forward on one kind of device: y, and the final states, undefined where not asked for.
 ForwardResult forward_on_cpu(const Arguments& arguments, bool return_final_states);
 ForwardResult forward_on_cuda(const Arguments& arguments, bool return_final_states);
 

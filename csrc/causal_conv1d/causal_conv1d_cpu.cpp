@@ -246,7 +246,10 @@ void step_as(const StepParams& params) {
 ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
                            OptionalTensor initial_states, OptionalTensor cu_seqlens, bool silu,
                            bool return_final_states) {
-  return forward_on_cpu({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
+  auto [y, final_states] =
+      forward_on_cpu({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
+  if (!return_final_states) final_states = allocate(Sizes{0}, x.scalar_type(), x);
+  return {y, final_states};
 }
 
 BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,

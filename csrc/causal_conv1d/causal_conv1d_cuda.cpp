@@ -20,7 +20,10 @@ bool has_no_token(const Shape& shape) { return shape.b == 0 || shape.l == 0; }
 ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
                            OptionalTensor initial_states, OptionalTensor cu_seqlens, bool silu,
                            bool return_final_states) {
-  return forward_on_cuda({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
+  auto [y, final_states] =
+      forward_on_cuda({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
+  if (!return_final_states) final_states = allocate(Sizes{0}, x.scalar_type(), x);
+  return {y, final_states};
 }
 
 BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
@@ -64,7 +67,7 @@ ForwardResult forward_on_cuda(const Arguments& arguments, bool return_final_stat
   }
   const OnDevice at(arguments.x);
   const std::size_t bytes = forward_workspace_bytes(call.params.in.shape);
-  const Tensor scratch = bytes ? allocate_bytes(int64_t(bytes), arguments.x) : call.final_states;
+  const Tensor scratch = bytes ? allocate_bytes(int64_t(bytes), arguments.x) : Tensor();
   at.check_launch("causal_conv1d", forward(call.params, pointer(scratch), at.stream()));
   return {call.y, call.final_states};
 }

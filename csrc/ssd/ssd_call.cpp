@@ -91,9 +91,10 @@ ForwardCall prepare_scan(const char* op, const ScanArguments& a, bool return_fin
   call.params.in = make_inputs(a, shape, call.kept);
   call.y = allocate({shape.b, shape.l, shape.h, shape.p}, a.x.scalar_type(), a.x);
   call.params.y = strided_out(call.y);
-  call.final_states =
-      return_final_states ? allocate(sizes_of_states(shape), state, a.x) : absent(state, a.x);
-  if (return_final_states) call.params.final_states = call.final_states.mutable_data_ptr();
+  if (return_final_states) {
+    call.final_states = allocate(sizes_of_states(shape), state, a.x);
+    call.params.final_states = call.final_states.mutable_data_ptr();
+  }
   return call;
 }
 

@@ -12,7 +12,7 @@ namespace mamba2::ssd {
 struct ForwardCall {
   ForwardParams params;      // y and chunk_states null: not asked for
   Tensor y;                  // (b, l, h, p)
-  Tensor final_states;       // (nseq, h, p, n)
+  Tensor final_states;       // (nseq, h, p, n), undefined where not asked for
   Tensor log_decay;          // (b, h), of a segment
   std::vector<Tensor> kept;  // copies that params point into
 };
@@ -42,7 +42,7 @@ using BackwardResult =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // ssd_scan's forward on one kind of device: y, the final states and what is kept for the backward,
-// which is nothing here.
+// which is nothing here. Undefined where not asked for.
 ForwardResult scan_forward_on_cpu(const ScanArguments& arguments, bool return_final_states,
                                   int plan);
 ForwardResult scan_forward_on_cuda(const ScanArguments& arguments, bool return_final_states,

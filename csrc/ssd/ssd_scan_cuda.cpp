@@ -81,7 +81,8 @@ int64_t scan_chunk_states_numel(int64_t b, int64_t l, int64_t h, int64_t p, int6
   return kept_numel(problem, plan, device, static_cast<int>(forced));
 }
 
-// Runs a prepared call with at least one token; returns what was kept for the backward.
+// Runs a prepared call with at least one token; returns what was kept for the backward, undefined
+// where that is nothing.
 Tensor run_forward(const char* op, ForwardCall& call, const Tensor& x, bool save_states,
                    int forced) {
   const Range range(op);
@@ -91,8 +92,11 @@ Tensor run_forward(const char* op, ForwardCall& call, const Tensor& x, bool save
   const Plan plan = make_plan(problem, device, forced);
   const int64_t numel = save_states ? kept_numel(problem, plan, device, forced) : 0;
   problem.save_states = numel > 0;
-  Tensor chunk_states = allocate(Sizes{numel}, x.scalar_type(), x);
-  if (numel > 0) call.params.chunk_states = chunk_states.mutable_data_ptr();
+  Tensor chunk_states;
+  if (numel > 0) {
+    chunk_states = allocate(Sizes{numel}, x.scalar_type(), x);
+    call.params.chunk_states = chunk_states.mutable_data_ptr();
+  }
 
   const TierKernels& kernels = kernels_of(plan.tier);
   const Scratch scratch(kernels.forward_workspace_bytes(problem, plan, device), x);
@@ -147,7 +151,7 @@ struct Cuda {
     ForwardCall call = prepare_scan(kOp, arguments, return_final_states);
     if (has_no_token(call.params.in.shape)) {
       fill(call.final_states, arguments.initial_states);
-      return {call.y, call.final_states, absent(dtype_of(x), x)};
+      return {call.y, call.final_states, Tensor()};
     }
     Tensor chunk_states = run_forward(kOp, call, x, save_states, plan);
     return {call.y, call.final_states, chunk_states};

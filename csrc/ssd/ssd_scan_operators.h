@@ -1,6 +1,6 @@
 // The operators' functions as csrc/ops.cpp declares them, argument by argument, for every device:
 // they pack the arguments and hand them to a Device, which has
-//   ForwardResult forward(arguments, return_final_states, save_states, plan)
+//   ForwardResult forward(arguments, return_final_states, save_states, plan)    undefined: nothing
 //   BackwardResult backward(operator's name, arguments, gradients, plan)
 //   std::tuple<Tensor, Tensor> segment_state(arguments, plan)       state, log_decay
 #pragma once
@@ -19,7 +19,12 @@ struct ScanOperators {
     const ScanArguments arguments{
         x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
         cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
-    return Device::forward(arguments, return_final_states, save_states, static_cast<int>(plan));
+    auto [y, final_states, kept] =
+        Device::forward(arguments, return_final_states, save_states, static_cast<int>(plan));
+    const DType dtype = dtype_of(x);
+    if (!final_states.defined()) final_states = absent(state_dtype(dtype), x);
+    if (!kept.defined()) kept = absent(dtype, x);
+    return {y, final_states, kept};
   }
 
   static BackwardResult scan_backward_out(Tensor dy, OptionalTensor d_final_states, Tensor x,

@@ -133,10 +133,10 @@ class Mamba2(nn.Module):
 
     def whole(self, zxBCdt, cu_seqlens, cache):
         """All between the projections, where nothing is padding."""
+        conv, norm = self.conv1d, self.norm  # a module's attributes take the host long to find
         return functional.conv_scan_norm(
-            zxBCdt, self.conv1d.weight, self.conv1d.bias, self.A_log, self.D_by_head(),
-            self.dt_bias, None if self.norm is None else self.norm.weight, cu_seqlens,
-            self.options, cache,
+            zxBCdt, conv.weight, conv.bias, self.A_log, self.D_by_head(), self.dt_bias,
+            None if norm is None else norm.weight, cu_seqlens, self.options, cache,
         )  # fmt: skip
 
     def in_parts(self, zxBCdt, real, cache):
