@@ -336,38 +336,51 @@ struct Scanner {
       y_waits = true;
     }
   }
+  // x of pass one's chunk, weighed by what is left of it at the run's end.
+  MAMBA2_DEVICE void weigh_backwards(Tokens& weighted, const T* s_x,
+                                     tile::RingPosition<kBuffers>& from, float& through_log2) {
+    const auto& weights = s.weights[from.stage];
+    s.weights_ring.wait_full(from);
+    Tokens x;
+    tile::load_transposed<kQ / 16>(x, s_x, me);
+    weigh_inputs(weighted, x, weights.input_weight[half], ptx::ex2(through_log2));
+    through_log2 += weights.a_log2[half][kQ - 1];
+    s.weights_ring.release(from);
+    from.advance();
+  }
   // Pass one, from a run's last chunk to its first: a chunk's product runs while the next chunk's x
-  // is weighed, and its stage is let go after that.
+  // is weighed. It is waited for in the same turn of the loop: only so far does the assembler keep
+  // the registers that it reads.
   MAMBA2_DEVICE void run_backwards() {
     State S;
-    tile::RingPosition<kStages> at, before;
+    Tokens weighted, next;
+    tile::RingPosition<kStages> at;
     tile::RingPosition<kBuffers> from;
-    for (;;) {
+    for (;; at.advance()) {
       s.ring.wait_full(at);
       if (tile::uniform(s.info[at.stage].flags) & kExit) return;
       begin_task(s.info[at.stage]);
       clear(S);
       float through_log2 = 0.f;  // from behind the chunk to the run's end
-      for (int flags = 0; !(flags & kEndsTask); before = at, at.advance(), from.advance()) {
-        s.ring.wait_full(at);
-        const auto& stage = s.stage[at.stage];
-        const auto& weights = s.weights[from.stage];
-        flags = tile::uniform(s.info[at.stage].flags);
-        s.weights_ring.wait_full(from);
-        Tokens x, weighted;
-        tile::load_transposed<kQ / 16>(x, stage.x[half], me);
-        weigh_inputs(weighted, x, weights.input_weight[half], ptx::ex2(through_log2));
-        through_log2 += weights.a_log2[half][kQ - 1];
-        s.weights_ring.release(from);
+      weigh_backwards(weighted, s.stage[at.stage].x[half], from, through_log2);
+      for (;;) {
+        const auto now = at;
+        const bool more = !(tile::uniform(s.info[now.stage].flags) & kEndsTask);
+        add_inputs(S, weighted, s.stage[now.stage]);
+        if (more) {
+          at.advance();
+          s.ring.wait_full(at);
+          weigh_backwards(next, s.stage[at.stage].x[half], from, through_log2);
+        }
         ptx::wgmma_wait_group<0>();
         ptx::wgmma_fence_operand(S);
-        if (!(flags & kBeginsTask)) s.ring.release(before);
-        add_inputs(S, weighted, stage);
+        if (!more) break;
+        s.ring.release(now);
+        MAMBA2_UNROLL
+        for (int i = 0; i < kQ / 4; ++i) weighted[i] = next[i];
       }
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_fence_operand(S);
-      store_added(S, s.info[before.stage], through_log2);
-      s.ring.release(before);
+      store_added(S, s.info[at.stage], through_log2);
+      s.ring.release(at);
     }
   }
 };
