@@ -239,10 +239,17 @@ struct Scanner {
     }
   }
 
-  // Y = S C^T over this scanner's columns: issued, not waited for.
-  MAMBA2_DEVICE void read_state(Product& Y, const State& S, const T* C) const {
+  // Y = S C^T over this scanner's columns: issued, not waited for. S is kept if the backward wants
+  // it.
+  MAMBA2_DEVICE void read_state(Product& Y, const State& S, const T* C, int kept) const {
     uint32_t S_rounded[kColumns / 4];
     tile::round_to_fragments<T>(S_rounded, S);
+    if constexpr (kParts == 1) {
+      if (tile::uniform(kept) >= 0 && unit.active)
+        keep_state<T, kN>(static_cast<T*>(args.kept_states) +
+                              (int64_t(kept) * args.units + unit.index) * (kP * kN),
+                          S_rounded, me);
+    }
     ptx::wgmma_fence();
     tile::product_rs<T, kQ, kColumns / 16>(Y, S_rounded, tile::KMajor<kQ>{C + part * kColumns * kQ},
                                            false);
@@ -322,7 +329,7 @@ struct Scanner {
         enter_run(S, info);
       }
       Product Y;
-      read_state(Y, S, stage.C);
+      read_state(Y, S, stage.C, info.kept);
       if (y_waits) hand_over(y, to);
       s.weights_ring.wait_full(from);
       add_chunk(S, Y, stage, weights);

@@ -34,6 +34,7 @@
 #pragma once
 #include "../tile/sm90.cuh"
 #include "chunks.cuh"
+#include "fused_scan_keep_sm90.cuh"
 #include "params.h"
 #include "plan_sm90.h"
 #include "steps.cuh"
@@ -65,7 +66,9 @@ struct FusedScanArgs {
   bool D_per_channel;
   AnyFloat initial_states;  // (nseq, h, p, n)
   float* final_states;      // (nseq, h, p, n), optional
-  StridedOut y_out;         // for ragged tails of packed sequences
+  void* kept_states;        // (chunks of kept_chunking, units, 64 n)  T, images: for the backward
+  Chunking kept_chunking;
+  StridedOut y_out;  // for ragged tails of packed sequences
   Schedule schedule;
   int tasks, segment_chunks;
   int* ticket;          // (1), or none: block i takes tasks i, i + blocks, ...
@@ -144,6 +147,7 @@ enum StageFlag : int {
 struct alignas(16) StageInfo {
   int flags, row, token, count;  // first: what every chunk wants, in one load
   int i_seq, pair, slot, segment;
+  int kept;  // chunk of kept_chunking whose entering state is to be kept, or -1
 };
 
 template <class T, int kN, bool kGate>

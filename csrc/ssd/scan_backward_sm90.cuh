@@ -9,7 +9,8 @@
 //
 // S is the state that enters a chunk of q = 128 tokens, G the gradient of the state that leaves it.
 // A state in memory is an image of its tile in shared memory: n / 64 panels of (p = 64) x 64
-// elements, swizzled, so that one bulk copy moves it and wgmma reads it as it lies.
+// elements, swizzled, so that one bulk copy moves it and wgmma reads it as it lies. The forward may
+// have kept the images of S (fused_scan_keep_sm90.cuh): state_sweeps then runs for G alone.
 //
 // These kernels' heads have 64 channels. A head of p channels is ceil(p / 64) of theirs, which
 // share delta, B and C: what they give to d delta is added up by delta_backward, to dB and dC as
@@ -17,13 +18,14 @@
 #pragma once
 #include "../tile/sm90.cuh"
 #include "chunks.cuh"
+#include "fused_scan_keep_sm90.cuh"
 #include "params.h"
 
 namespace mamba2::ssd::sm90 {
 
-constexpr int kBackwardQ = 128;  // tokens a chunk: twice as many would double the work on U
-constexpr int kBlock = 64;       // tokens a block: M of one wgmma, a box of a tensor map
-constexpr int kHeadDim = 64;     // p of these kernels' heads
+constexpr int kBackwardQ = kKeptQ;  // tokens a chunk: twice as many would double the work on U
+constexpr int kBlock = 64;          // tokens a block: M of one wgmma, a box of a tensor map
+constexpr int kHeadDim = 64;        // p of these kernels' heads
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct BackwardArgs {
@@ -45,6 +47,7 @@ struct BackwardArgs {
   const float* d_final_states;  // (nseq, tensor_h, p, n), optional
   float* d_initial_states;      // (nseq, tensor_h, p, n), optional
   void* states;                 // (chunks, h, 64 n)  T, images: S
+  bool states_kept;             // by the forward
   void* d_states;               // (chunks, h, 64 n)  T, images: G
   float* D_rows;                // (h, 64)            D, spread over channels; 0 without D
   StridedOut dx;                // (b, l, tensor_h, p)  T
@@ -72,7 +75,7 @@ struct BackwardArgs {
   }
   // Whether state_sweeps writes K of a chunk, and which direction: it has states unrounded.
   MAMBA2_HD bool K_by_forward_sweep(const Chunk& chunk) const {
-    return chunk.is_last && d_final_states;
+    return chunk.is_last && d_final_states && !states_kept;
   }
   MAMBA2_HD bool K_by_reverse_sweep(const Chunk& chunk) const {
     const bool rounded_later = initial_states.ptr && initial_states.dtype == DType::f32;

@@ -17,12 +17,12 @@ constexpr int kFewSegments = 5;
 struct Layout {
   int units, segments, tasks;
   int word_count;  // of tickets and flags; 0: no task waits for another
-  void* chunking;
+  void *chunking, *kept_chunking;
   int* words;           // the ticket, then flags
   float* carry;         // (slots, units, 64 n)
   float* through_log2;  // (segments, units)
 
-  Layout(const Shape& shape, const Plan& plan, Workspace& memory) {
+  Layout(const Shape& shape, const Plan& plan, bool keeps, Workspace& memory) {
     const bool tickets = plan.variant == kTickets;
     const int64_t chunks = shape.chunks(kQ), rows = shape.nseq;
     const int64_t row_chunks = shape.packed ? chunks : chunks / (rows > 0 ? rows : 1);
@@ -35,6 +35,7 @@ struct Layout {
     tasks = int((tickets ? rows : 1) * shape.g * blocks_per_group * in_row);
     word_count = chained ? int(1 + rows * units * parts_per_unit(shape.n)) : 0;
     chunking = memory.take(chunking_bytes(shape, kQ));
+    kept_chunking = memory.take(keeps ? chunking_bytes(shape, kKeptQ) : 0);
     words = memory.take_array<int>(word_count);
     carry = memory.take_array<float>(slots * units * kP * shape.n);
     through_log2 = memory.take_array<float>(tickets ? 0 : in_row * units);
@@ -70,11 +71,15 @@ int make_maps(const ForwardParams& params, FusedScanArgs* args) {
 
 std::size_t forward_workspace_bytes(const Problem& problem, const Plan& plan, const Device&) {
   Workspace counting;
-  Layout(problem.shape, plan, counting);
+  Layout(problem.shape, plan, problem.save_states, counting);
   return counting.bytes();
 }
 
-int64_t chunk_states_numel(const Problem&, const Plan&) { return 0; }
+// The states that enter chunks of the backward, as images of 64 channels.
+int64_t chunk_states_numel(const Problem& problem, const Plan&) {
+  const Shape& shape = problem.shape;
+  return shape.chunks(kKeptQ) * shape.h * ceil_div(shape.p, kP) * kP * shape.n;
+}
 
 int forward(const ForwardParams& params, const Plan& chosen, const Device& device, void* workspace,
             void* stream) {
@@ -84,11 +89,15 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
   Plan plan = chosen;
   if (state_only) plan.variant = kTickets, plan.segment_chunks = int(shape.chunks(kQ));
   const bool tickets = plan.variant == kTickets, gate = static_cast<bool>(in.z);
+  const bool keeps = params.chunk_states != nullptr;
   Workspace memory(workspace);
-  const Layout at(shape, plan, memory);
+  const Layout at(shape, plan, keeps, memory);
 
   FusedScanArgs args{};
   if (int e = make_chunking(in, kQ, at.chunking, &args.chunking, stream)) return e;
+  if (keeps) {
+    if (int e = make_chunking(in, kKeptQ, at.kept_chunking, &args.kept_chunking, stream)) return e;
+  }
   if (int e = make_maps(params, &args)) return e;
   args.rows = int(shape.nseq);
   args.h = shape.h, args.p = shape.p, args.g = shape.g, args.n = shape.n;
@@ -117,6 +126,7 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
     }
   }
   args.final_states = static_cast<float*>(params.final_states);
+  args.kept_states = params.chunk_states;
   if (int e = fused_scan(args, in.dtype, gate, state_only, device.sm_count, stream)) return e;
   if (params.log_decay) return any::segment_log_decay(in, params.log_decay, stream);
   if (!shape.packed) return 0;

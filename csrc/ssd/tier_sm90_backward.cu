@@ -1,8 +1,8 @@
 // Tier sm90, backward: chunk_cumsum, state_sweeps, chunk_scan_backward, group_sum, delta_backward
 // (scan_backward_sm90.cuh says what each does). With z state_sweeps runs once for S and once,
 // behind chunk_scan_gate_backward, for G. Workspace: mostly S and G of every chunk of 128 tokens,
-// in x's dtype: 2 x 64 n x 2 bytes a head, 335 MB each at b 8, l 4096, h 80, n 128. z adds dy
-// silu(z), as large as dy.
+// in x's dtype: 2 x 64 n x 2 bytes a head, 335 MB each at b 8, l 4096, h 80, n 128 (G alone with
+// states that the forward kept). z adds dy silu(z), as large as dy.
 #include <algorithm>
 
 #include "../core/tensor_map.h"
@@ -42,11 +42,12 @@ int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) 
 struct Memory {
   void *chunk_table, *delta_backward, *d_y;
   float *delta, *a_cumsum_log2, *a_run_log2, *dD;
-  Memory(const Shape& shape, DType dtype, bool has_z, BackwardArgs* args, Workspace& memory) {
+  Memory(const Problem& problem, BackwardArgs* args, Workspace& memory) {
+    const Shape& shape = problem.shape;
     const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
     const int64_t heads = tensor_heads * splits_of(shape);
     const int64_t groups = chunks * shape.g * args->slices * shape.n;
-    const auto images = heads * kHeadDim * shape.n * size_of(dtype);
+    const auto images = heads * kHeadDim * shape.n * size_of(problem.dtype);
     chunk_table = memory.take(chunking_bytes(shape, kBackwardQ));
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
     delta = memory.take_array<float>(tensor_heads * kBackwardQ);
@@ -63,9 +64,10 @@ struct Memory {
     args->dB_slices = memory.take_array<float>(groups * kBackwardQ);
     args->dC_slices = memory.take_array<float>(groups * kBackwardQ);
     args->dC_later = memory.take_array<float>(groups * kBlock);
-    args->states = memory.take(images);
+    args->states = memory.take(problem.save_states ? 0 : images);
     args->d_states = memory.take(images);
-    d_y = memory.take(has_z ? shape.b * shape.l * shape.h * shape.p * size_of(dtype) : 0);
+    const int64_t ungated = problem.has_z ? shape.b * shape.l * shape.h * shape.p : 0;
+    d_y = memory.take(ungated * size_of(problem.dtype));
   }
 };
 
@@ -111,6 +113,10 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->d_final_states = static_cast<const float*>(params.d_final_states);
   args->d_initial_states = static_cast<float*>(params.d_initial_states);
   args->dx = params.dx;
+  if (params.chunk_states) {
+    args->states_kept = true;
+    args->states = const_cast<void*>(params.chunk_states);  // which nothing writes then
+  }
   args->dB = params.dB;
   args->dC = params.dC;
   args->dD = params.dD ? memory.dD : nullptr;
@@ -131,20 +137,23 @@ DeltaGradientParts parts_of(const BackwardArgs& args) {
   return parts;
 }
 
-// S and G of all chunks. With z, whose gradient wants S and on which G waits: one after the other,
-// and dy becomes the gradient of the output before the gate.
+// S and G of all chunks, or G alone. With z, whose gradient wants S and on which G waits: one after
+// the other, and dy becomes the gradient of the output before the gate.
 int sweep_states(const BackwardParams& params, const Memory& memory, const BackwardArgs& args,
                  const StridedOut& d_y, const Device& device, void* stream) {
   const Inputs& in = params.in;
-  if (!in.z) return state_sweeps(args, Sweeps::both, in.dtype, stream);
-  if (const int error = state_sweeps(args, Sweeps::states, in.dtype, stream)) return error;
+  const Sweeps rest = in.z || args.states_kept ? Sweeps::gradients : Sweeps::both;
+  if (!in.z) return state_sweeps(args, rest, in.dtype, stream);
+  if (!args.states_kept) {
+    if (const int error = state_sweeps(args, Sweeps::states, in.dtype, stream)) return error;
+  }
   const sm80::GateBackward gate{params.dy, params.dz, d_y, true};
   if (const int error =
           sm80::chunk_scan_gate_backward(in, gate, args.chunking, memory.delta,
                                          memory.a_cumsum_log2, args.states, device, stream)) {
     return error;
   }
-  return state_sweeps(args, Sweeps::gradients, in.dtype, stream);
+  return state_sweeps(args, rest, in.dtype, stream);
 }
 
 }  // namespace
@@ -154,7 +163,7 @@ std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan,
   BackwardArgs args{};
   set_slices(&args, problem.shape, plan, device);
   Workspace counted;
-  Memory(problem.shape, problem.dtype, problem.has_z, &args, counted);
+  Memory(problem, &args, counted);
   return counted.bytes();
 }
 
@@ -165,11 +174,15 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   BackwardArgs args{};
   set_slices(&args, shape, plan, device);
   Workspace carved(workspace);
-  const bool gate = static_cast<bool>(in.z);
-  const Memory memory(shape, in.dtype, gate, &args, carved);
+  Problem sizes;
+  sizes.shape = shape;
+  sizes.dtype = in.dtype;
+  sizes.has_z = static_cast<bool>(in.z);
+  sizes.save_states = params.chunk_states != nullptr;
+  const Memory memory(sizes, &args, carved);
   set_arguments(params, memory, &args);
   const StridedOut d_y = sm80::contiguous(memory.d_y, shape);
-  const Strided dy = gate ? Strided{d_y.ptr, d_y.b, d_y.l, d_y.h} : params.dy;
+  const Strided dy = in.z ? Strided{d_y.ptr, d_y.b, d_y.l, d_y.h} : params.dy;
   if (const int error = make_maps(params, dy, &args)) return error;
   if (const int error = make_chunking(in, kBackwardQ, memory.chunk_table, &args.chunking, stream)) {
     return error;

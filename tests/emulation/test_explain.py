@@ -91,12 +91,19 @@ def test_shared_memory_fits_the_card(ask, card):
         assert most <= CARDS[card] * 1024, (p, n, backward, has_z, stages(answer))
 
 
-def test_kept_states_spare_the_forward_sweep(ask):
+@pytest.mark.parametrize("plan", [SM80, SM90])
+def test_kept_states_spare_the_forward_sweep(ask, plan):
     kept, again = (
-        ask(2, 300, 4, 64, 1, 128, backward=True, save_states=keep, plan=SM80)
+        ask(2, 300, 4, 64, 1, 128, backward=True, save_states=keep, plan=plan)
         for keep in (True, False)
     )
-    assert set(stages(again)) - set(stages(kept)) == {"chunk_state"}
+    if plan == SM80:
+        assert set(stages(again)) - set(stages(kept)) == {"chunk_state"}
+    else:  # both directions of time in one launch, or one of them
+        sweeps = (
+            [k["grid"][1] for k in a["kernels"] if "sweeps" in k["stage"]] for a in (again, kept)
+        )
+        assert list(sweeps) == [[2], [1]]
     states = 2 * 3 * 4 * 64 * 128 * 2  # b, chunks, h, p, n, bytes
     assert again["workspace_bytes"] - kept["workspace_bytes"] == states
 

@@ -3,13 +3,15 @@ packed sequences, resets, groups, slices of heads, states and their gradients. T
 and products come early, late or at random."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from cases import Case, extreme_steps, make_gradients, make_inputs, steep_and_flat_heads
-from common import check, check_inputs, run_ops
+from common import check, check_inputs, op_arguments, run_ops
 
 SM90, INVARIANT = 3, 3 | 1 << 8
+TICKETS, SEGMENTS = 1 << 4, 2 << 4  # the forward's schedules
 
 PER_ROW = ("x", "dt", "B", "C", "initial_states")  # inputs
 
@@ -56,6 +58,34 @@ def test_backward(emulated, name):
     check(run_ops(emulated.ops, plan=SM90), dataclasses.replace(BASE, **CASES[name]))
 
 
+KEPT = {
+    "plain": dict(),
+    "one chunk": dict(l=100, initial_states="working"),
+    "two chunks": dict(l=200, n=128, h=3),
+    "weak decay": dict(decay="weak", l=400, initial_states="working"),
+    "packed": dict(l=400, n=128, cu_seqlens=(3, 70, 70, 200, 390), initial_states="x"),
+    "p 80, z, groups": dict(p=80, z=True, b=2, l=200, h=4, g=2, initial_states="working"),
+    "fp16, p 128": dict(dtype=torch.float16, p=128, l=140, D="hp"),
+}
+
+
+@pytest.mark.parametrize("variant", [TICKETS, SEGMENTS])
+@pytest.mark.parametrize("name", KEPT)
+def test_states_kept_by_the_forward(emulated, name, variant):
+    """The forward writes what the backward's own sweep would, and the backward reads it."""
+    emulated.schedule(seed=len(name), timing=("random", "late", "early")[len(name) % 3], sms=3)
+    case = dataclasses.replace(BASE, save_states=True, seed=40 + len(name), **KEPT[name])
+    run = run_ops(emulated.ops, plan=SM90 | variant)
+    inputs = make_inputs(case)
+    kept = emulated.ops.ssd_scan_forward(
+        *op_arguments(inputs)[0], *op_arguments(inputs)[1], False, True, SM90 | variant
+    )[2]
+    blocks = -(-case.p // 64)
+    chunks = case.l // 128 + case.sequences if case.cu_seqlens else case.b * -(-case.l // 128)
+    assert kept.numel() == chunks * case.h * blocks * 64 * case.n
+    check(run, case)
+
+
 @pytest.mark.parametrize("sms", [1, 132])
 def test_slices_of_heads(emulated, sms):
     """One slice on a small card, one head a slice on a large one."""
@@ -80,10 +110,12 @@ def test_sequences_do_not_depend_on_their_neighbours(emulated):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("A, delta, mixed", [(-1.0, 100.0, False), (0.0, 1e-4, False)])
-def test_extreme_steps(emulated, A, delta, mixed, dtype):
+@pytest.mark.parametrize("save_states", [False, True])
+def test_extreme_steps(emulated, A, delta, mixed, save_states, dtype):
     """Decays that are subnormal in fp32; a state that stays what it was."""
     inputs = extreme_steps(A, delta, mixed, dtype, h=4, p=64, n=64)
-    check_inputs(run_ops(emulated.ops, plan=SM90), *inputs)
+    run = run_ops(emulated.ops, plan=SM90)
+    check_inputs(partial(run, save_states=save_states), *inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
