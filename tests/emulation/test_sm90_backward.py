@@ -13,7 +13,7 @@ from common import check, check_inputs, op_arguments, run_ops
 SM90, INVARIANT = 3, 3 | 1 << 8
 TICKETS, SEGMENTS = 1 << 4, 2 << 4  # the forward's schedules
 
-PER_ROW = ("x", "dt", "B", "C", "initial_states")  # inputs
+PER_ROW = ("x", "dt", "B", "C", "z", "initial_states")  # inputs
 
 BASE = Case(b=1, l=150, h=2, p=64, g=1, n=64, dtype=torch.bfloat16, D="h", dt_bias=True)
 CASES = {
@@ -93,9 +93,10 @@ def test_slices_of_heads(emulated, sms):
     check(run_ops(emulated.ops, plan=SM90), dataclasses.replace(BASE, h=5, seed=16))
 
 
-def test_sequences_do_not_depend_on_their_neighbours(emulated):
+@pytest.mark.parametrize("z", [False, True])
+def test_sequences_do_not_depend_on_their_neighbours(emulated, z):
     """With batch_invariant, a row's gradients are the same bits alone and in a batch."""
-    case = dataclasses.replace(BASE, b=2, l=140, h=3, initial_states="working", seed=17)
+    case = dataclasses.replace(BASE, b=2, l=140, h=3, initial_states="working", z=z, seed=17)
     inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
     emulated.schedule(sms=132)
     together = run_ops(emulated.ops, plan=INVARIANT)(inputs, dy, d_final)
@@ -104,7 +105,8 @@ def test_sequences_do_not_depend_on_their_neighbours(emulated):
         mine = run_ops(emulated.ops, plan=INVARIANT)(
             mine, dy[row : row + 1], d_final[row : row + 1]
         )
-        for name in ("dx", "d_dt", "dB", "dC", "d_initial_states"):
+        names = ("dx", "d_dt", "dB", "dC", "d_initial_states", *(("dz",) if z else ()))
+        for name in names:
             assert torch.equal(mine[name], together[name][row : row + 1]), name
 
 
