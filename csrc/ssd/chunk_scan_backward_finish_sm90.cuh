@@ -100,7 +100,7 @@ struct FinishingSide {
         ptx::bar_sync(kFinishBarrier, kThreads);
       }
       ptx::mbarrier_wait(&s.results_ring.full[slot.stage], slot.phase);
-      store_dx(head);
+      if (args.completes_dx()) store_dx(head);
       MAMBA2_NO_UNROLL
       for (int k = thread_anew(); k < 2 * kBlock; k += kThreads) {
         if (k < kBlock)

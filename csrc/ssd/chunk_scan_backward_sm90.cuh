@@ -205,6 +205,22 @@ struct ScanConsumer {
     ptx::mbarrier_wait(&s.states_ring.full[slot.stage], slot.phase);
     return s.states[slot.stage];
   }
+  // With two passes: the first leaves its dx (64, 64), the second adds that to its own.
+  MAMBA2_DEVICE void pass_on(float (&dx)[32], int i) const {
+    const int64_t block = int64_t(task.i_chunk) * 2 + task.block;
+    const int64_t head = block * args.h + task.first_head + i;
+    float4* sum = reinterpret_cast<float4*>(args.dx_sum + head * (kBlock * kHeadDim)) + thread;
+    MAMBA2_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      float* d = dx + 4 * k;
+      if (args.last_pass) {
+        const float4 v = sum[k * tile::kWarpgroup];
+        d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+      } else {
+        sum[k * tile::kWarpgroup] = make_float4(d[0], d[1], d[2], d[3]);
+      }
+    }
+  }
   // dCB, summed over heads and rounded, transposed ([j][i]); no token is read by then.
   MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.tokens[0].dy[0] : s.tokens[0].x; }
 };

@@ -160,8 +160,9 @@ struct TokenSide : ScanConsumer<T, kN> {
     }
   }
   // This lane's part of dx, complete and rounded, and of the sums over its rows: to shared memory.
-  MAMBA2_DEVICE void leave(const TokenStage<T>& stage, const float (&dx)[32], const Rows& rows,
+  MAMBA2_DEVICE void leave(const TokenStage<T>& stage, float (&dx)[32], const Rows& rows,
                            HeadResults& results, int i) {
+    if (args.dx_sum) this->pass_on(dx, i);
     const tile::Lane me = me_anew();
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {

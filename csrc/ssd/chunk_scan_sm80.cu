@@ -84,17 +84,21 @@ struct Scan {
     tile::copy_async<kThreads>(shared.B[stage], rows_of(params.B, work.i_g, slice.n_base),
                                params.B.l, work.count, params.n - slice.n_base);
   }
-  // From tier sm90's images: ceil(p / 64) of 64 channels a head, n / 64 panels [channel][64 n]
-  // each, swizzled as the tile of S is: units of 16 bytes keep their place in a row.
+  // From tier sm90's images: ceil(p / 64) of 64 channels a head, image_n / 64 panels [channel][64
+  // n] each, those of further columns behind all of these. They are swizzled as the tile of S is:
+  // units of 16 bytes keep their place in a row.
   MAMBA2_DEVICE void load_S_images(Slice slice, int stage) {
     constexpr int kRows = 64, kUnits = kSlice / tile::kUnit;
+    const int image_n = params.image_n;
     static_assert(tile::SharedTile<T, kTileP, kSlice>::kSwizzled && kTileP % 8 == 0, "one swizzle");
     const int64_t matrix = static_cast<int64_t>(work.i_chunk) * params.h + head(slice.item);
-    const T* g_S = static_cast<const T*>(params.states) +
-                   matrix * ceil_div(params.p, kRows) * kRows * params.n + slice.n_base * kRows;
+    const int64_t image =
+        matrix * ceil_div(params.p, kRows) + slice.n_base / image_n * params.images;
+    const T* g_S =
+        static_cast<const T*>(params.states) + (image * image_n + slice.n_base % image_n) * kRows;
     MAMBA2_NO_UNROLL for (int i = threadIdx.x; i < kTileP * kUnits; i += kThreads) {
       const int p = channel(slice.item) + i / kUnits;
-      const int64_t row = int64_t(p / kRows) * kRows * params.n + p % kRows * kSlice;
+      const int64_t row = int64_t(p / kRows) * kRows * image_n + p % kRows * kSlice;
       ptx::cp_async_16(shared.S[stage].data + i * tile::kUnit, g_S + row + i % kUnits * tile::kUnit,
                        p < params.p);
     }
@@ -102,7 +106,7 @@ struct Scan {
   MAMBA2_DEVICE void load_S(Slice slice, int stage) {
     if (slice.item >= work.items) return;
     if constexpr (Tile::kGateBackward)
-      if (params.state_images) return load_S_images(slice, stage);
+      if (params.image_n > 0) return load_S_images(slice, stage);
     const int p_base = channel(slice.item);
     const int64_t matrix = static_cast<int64_t>(work.i_chunk) * params.h + head(slice.item);
     const T* g_S = static_cast<const T*>(params.states) + (matrix * params.p + p_base) * params.n +
@@ -388,7 +392,8 @@ int chunk_scan_gate_backward(const Inputs& in, const GateBackward& gate, const C
   ChunkScanParams params{};
   params.states = states, params.delta = delta, params.a_cumsum_log2 = a_cumsum_log2;
   params.dy = gate.dy, params.dz = gate.dz, params.y = gate.d_y;
-  params.state_images = gate.state_images;
+  params.image_n = gate.image_n;
+  params.images = in.shape.chunks(q) * in.shape.h * ceil_div(in.shape.p, 64);
   return run<true>(in, params, chunking, device, stream);
 }
 

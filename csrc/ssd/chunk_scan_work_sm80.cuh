@@ -13,10 +13,11 @@ struct ChunkScanParams {
   const float* a_cumsum_log2;  // (chunks, h, q)
   AnyFloat D;                  // (h) or (h, p), optional
   bool D_per_channel;
-  StridedOut y;       // (b, l, h, p)       T, out; gate backward: dy before the gate
-  Strided dy;         // (b, l, h, p)       T, gate backward
-  StridedOut dz;      // (b, l, h, p)       T, out, gate backward
-  bool state_images;  // gate backward
+  StridedOut y;   // (b, l, h, p)       T, out; gate backward: dy before the gate
+  Strided dy;     // (b, l, h, p)       T, gate backward
+  StridedOut dz;  // (b, l, h, p)       T, out, gate backward
+  int image_n;    // gate backward
+  int64_t images;
   Chunking chunking;
   int h, p, n, heads_per_group;
   int p_tiles, items_per_group, items_per_block, blocks_per_group;

@@ -113,24 +113,28 @@ MAMBA2_DEVICE void head_gradients(Smem<32 * kRun>& smem, const Gradients& g, con
   const DeltaGradientParts& parts = g.parts;
   constexpr int kTokens = 32 * kRun;
   const int first = lane * kRun;
-  const int64_t head = int64_t(i_c) * g.h + i_h, part = head * parts.head_parts;
-  const int64_t at = part * kTokens + first, all = g.chunks * g.h * parts.head_parts;
+  // Heads of all arrays are so few that 32 bits count them.
+  const int head = i_c * g.h + i_h, part = head * parts.head_parts;
+  const int all = static_cast<int>(g.chunks) * g.h * parts.head_parts;
+  const int64_t at = int64_t(part) * kTokens + first;
   const float A = load<float>(g.A, i_h);
   // log_decay of a segment is the plain sum: the clamp of a token's decay is not in its gradient.
   const float d_log_decay = g.d_log_decay ? g.d_log_decay[int64_t(chunk.i_seq) * g.h + i_h] : 0.f;
   float through = 0;
-  for (int i = 0; i < parts.through_parts; ++i) through += parts.through[i * all + part];
+  for (int i = 0; i < parts.through_parts; ++i) through += parts.through[int64_t(i) * all + part];
 
   float delta[kRun], across[kRun], to_state[kRun], d_delta[kRun];
-  load_run(delta, parts.delta + head * kTokens + first);
+  load_run(delta, parts.delta + int64_t(head) * kTokens + first);
   load_run(across, parts.rows + at);
   load_run(to_state, parts.to_state + at);
   load_run(d_delta, parts.columns + at);
   for (int i = 0; i < parts.from_state_parts; ++i)
-    add_run(across, parts.from_state + i * all * kTokens + at);
-  for (int i = 1; i < parts.head_parts; ++i) {
-    const int64_t next = at + i * kTokens;
-    through += parts.through[part + i];
+    add_run(across, parts.from_state + int64_t(i) * all * kTokens + at);
+  MAMBA2_NO_UNROLL
+  for (int i = 1; i < parts.passes * parts.head_parts; ++i) {
+    const int64_t more = i % parts.head_parts + i / parts.head_parts * all;
+    const int64_t next = (part + more) * kTokens + lane * kRun;
+    through += parts.through[part + more];
     add_run(across, parts.rows + next);
     add_run(across, parts.from_state + next);
     add_run(to_state, parts.to_state + next);

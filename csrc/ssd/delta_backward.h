@@ -9,7 +9,8 @@ namespace mamba2::ssd {
 // What the earlier stages leave for it, token by token and head by head, in fp32. An array
 // (chunks, h, q) may hold anything beyond a chunk's count. q is 32, 64, 128 or 256.
 // Parts are added in their order: a stage that cuts the state into slices leaves one part a slice;
-// one that cuts heads leaves head_parts heads, one after another, where there is one in delta.
+// one that cuts heads leaves head_parts heads, one after another, where there is one in delta; of
+// several passes each leaves all arrays but delta, (passes, chunks, h, q).
 struct DeltaGradientParts {
   const float* delta = nullptr;       // (chunks, h, q)
   const float* rows = nullptr;        // (chunks, h, q)         R_i - Q_i, diagonal left out
@@ -17,7 +18,7 @@ struct DeltaGradientParts {
   const float* from_state = nullptr;  // (from_state_parts, chunks, h, q)  E_i
   const float* to_state = nullptr;    // (chunks, h, q)  F_j / delta_j
   const float* through = nullptr;     // (through_parts, chunks, h)   K = 2^s_q <G, S>
-  int from_state_parts = 1, through_parts = 1, head_parts = 1;
+  int from_state_parts = 1, through_parts = 1, head_parts = 1, passes = 1;
   const float* dD = nullptr;  // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
   int dD_width = 0;           // h, or h p
   bool programmatic = false;  // launches begin while the kernel before them ends (sm_90)

@@ -94,10 +94,11 @@ inline StridedOut contiguous(void* ptr, const Shape& shape) {
 // The gate backwards: y' = y before the gate is computed once more, and never stored:
 //   dz = dy y' silu'(z),  d_y = dy silu(z), the gradient of y'
 struct GateBackward {
-  Strided dy;                 // (b, l, h, p)   T
-  StridedOut dz;              // (b, l, h, p)   T, out
-  StridedOut d_y;             // (b, l, h, p)   T, out
-  bool state_images = false;  // states are tier sm90's (scan_backward_sm90.cuh)
+  Strided dy;      // (b, l, h, p)   T
+  StridedOut dz;   // (b, l, h, p)   T, out
+  StridedOut d_y;  // (b, l, h, p)   T, out
+  int image_n =
+      0;  // states are tier sm90's images (scan_backward_sm90.cuh), of so many columns of n
 };
 // Also for tier sm90, whose chunks have as many tokens.
 int chunk_scan_gate_backward(const Inputs& in, const GateBackward& gate, const Chunking& chunking,

@@ -17,7 +17,7 @@ bool supports(const Problem& problem, const Device& device) {
   const bool card = device.major == 9 && device.minor == 0;
   const bool type = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
   const bool heads = s.p % 8 == 0 && s.p >= 32 && s.p <= 256;
-  return card && type && heads && (s.n == 64 || s.n == 128 || (s.n == 256 && !problem.backward));
+  return card && type && heads && (s.n == 64 || s.n == 128 || s.n == 256);
 }
 
 namespace {

@@ -12,6 +12,10 @@
 // elements, swizzled, so that one bulk copy moves it and wgmma reads it as it lies. The forward may
 // have kept the images of S (fused_scan_keep_sm90.cuh): state_sweeps then runs for G alone.
 //
+// n = 256 takes two passes over 128 columns of the state each: all but dB and dC is linear in the
+// columns' shares of C B^T, S and G, which the passes leave in arrays that are added up later; what
+// the first one gives to dx is left in fp32, and the second one starts from it.
+//
 // These kernels' heads have 64 channels. A head of p channels is ceil(p / 64) of theirs, which
 // share delta, B and C: what they give to d delta is added up by delta_backward, to dB and dC as
 // any heads of a group's. Channels beyond p are read as zero and not written.
@@ -36,7 +40,8 @@ struct BackwardArgs {
   int p;                        // of the tensors
   int tensor_h;                 // their heads
   int splits;                   // of these kernels' heads in one of them
-  int h, g, n;                  // h = tensor_h splits
+  int h, g, n;                  // h = tensor_h splits; n: of a pass, from where on the tensors are
+  int tensor_n;                 // of the tensors
   int slices, heads_per_slice;  // of a group's heads: each has its own sums of dB and dC
   const float* delta;           // (chunks, tensor_h, q)
   const float* a_cumsum_log2;   // (chunks, tensor_h, q)
@@ -49,19 +54,21 @@ struct BackwardArgs {
   void* states;                 // (chunks, h, 64 n)  T, images: S
   bool states_kept;             // by the forward
   void* d_states;               // (chunks, h, 64 n)  T, images: G
-  float* D_rows;                // (h, 64)            D, spread over channels; 0 without D
-  StridedOut dx;                // (b, l, tensor_h, p)  T
-  float* rows_out;              // (chunks, h, q)     R_i - Q_i, and E_i in the later block
-  float* later_rows;            // (chunks, h, q)     E_i; in the later block R_i over the earlier
-  float* columns;               // (chunks, h, q)     sum_{i>=j} V_ij
-  float* to_state;              // (chunks, h, q)     F_j / delta_j
-  float* through;               // (chunks, h)        K
-  float* dD_blocks;             // (chunks, 2, h, 64)  by channel, or by token of the block
-  float* dB_slices;             // (slices, chunks, g, q, n)
-  float* dC_slices;             // (slices, chunks, g, q, n)
-  float* dC_later;              // (slices, chunks, g, 64, n): the later block's, from the earlier
-  StridedOut dB, dC;            // (b, l, g, n)       T
-  float* dD;                    // (chunks, tensor_h) or (chunks, tensor_h, p), optional
+  float* dx_sum;                // (chunks, 2, h, 64, 64): dx without delta and D, with two passes
+  bool last_pass;
+  float* D_rows;      // (h, 64)            D, spread over channels; 0 without D
+  StridedOut dx;      // (b, l, tensor_h, p)  T
+  float* rows_out;    // (chunks, h, q)     R_i - Q_i, and E_i in the later block
+  float* later_rows;  // (chunks, h, q)     E_i; in the later block R_i over the earlier
+  float* columns;     // (chunks, h, q)     sum_{i>=j} V_ij
+  float* to_state;    // (chunks, h, q)     F_j / delta_j
+  float* through;     // (chunks, h)        K
+  float* dD_blocks;   // (chunks, 2, h, 64)  by channel, or by token of the block
+  float* dB_slices;   // (slices, chunks, g, q, n)
+  float* dC_slices;   // (slices, chunks, g, q, n)
+  float* dC_later;    // (slices, chunks, g, 64, n): the later block's, from the earlier
+  StridedOut dB, dC;  // (b, l, g, n)       T
+  float* dD;          // (chunks, tensor_h) or (chunks, tensor_h, p), optional
 
   MAMBA2_HD int heads_per_group() const { return h / g; }
   MAMBA2_HD int64_t head_at(int64_t chunk, int head) const { return chunk * h + head; }
@@ -70,6 +77,7 @@ struct BackwardArgs {
   MAMBA2_HD int tensor_head(int head) const { return head / splits; }
   MAMBA2_HD int channel(int head) const { return head % splits * kHeadDim; }
   MAMBA2_HD int channels(int head) const { return p - channel(head); }
+  MAMBA2_HD bool completes_dx() const { return !dx_sum || last_pass; }
   MAMBA2_HD int64_t delta_at(int64_t chunk, int head) const {
     return chunk * tensor_h + tensor_head(head);
   }

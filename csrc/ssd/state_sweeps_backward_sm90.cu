@@ -133,7 +133,7 @@ struct Consumer {
   MAMBA2_DEVICE int64_t element(int e) const {
     const int64_t tensor_head = int64_t(sweep.i_seq) * args.tensor_h + args.tensor_head(head);
     const int64_t row = tensor_head * args.p + args.channel(head) + me.row((e >> 1) & 1);
-    return row * kN + me.column(e / 4) + (e & 1);
+    return row * args.tensor_n + me.column(e / 4) + (e & 1);
   }
   MAMBA2_DEVICE bool exists(int e) const { return me.row((e >> 1) & 1) < args.channels(head); }
 

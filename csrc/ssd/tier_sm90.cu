@@ -75,9 +75,11 @@ std::size_t forward_workspace_bytes(const Problem& problem, const Plan& plan, co
   return counting.bytes();
 }
 
-// The states that enter chunks of the backward, as images of 64 channels.
+// The states that enter chunks of the backward, as images of 64 channels; none where two scanners
+// share one.
 int64_t chunk_states_numel(const Problem& problem, const Plan&) {
   const Shape& shape = problem.shape;
+  if (parts_per_unit(shape.n) > 1) return 0;
   return shape.chunks(kKeptQ) * shape.h * ceil_div(shape.p, kP) * kP * shape.n;
 }
 

@@ -23,6 +23,10 @@ constexpr int kInvariantSliceHeads = 20;
 
 // Heads of 64 channels in one of the tensors'.
 int splits_of(const Shape& shape) { return ceil_div(shape.p, kHeadDim); }
+// Passes over columns of the state, and how many of these one has.
+constexpr int kMostPasses = 2, kMostColumns = 128;
+int passes_of(const Shape& shape) { return ceil_div(shape.n, kMostColumns); }
+int columns_of(const Shape& shape) { return std::min(shape.n, kMostColumns); }
 
 // How many of these of a group one block takes: the split that keeps the card busy with few blocks.
 int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) {
@@ -46,25 +50,28 @@ struct Memory {
     const Shape& shape = problem.shape;
     const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
     const int64_t heads = tensor_heads * splits_of(shape);
-    const int64_t groups = chunks * shape.g * args->slices * shape.n;
-    const auto images = heads * kHeadDim * shape.n * size_of(problem.dtype);
+    const int64_t groups = chunks * shape.g * args->slices * columns_of(shape);
+    const int64_t images = heads * kHeadDim * columns_of(shape) * size_of(problem.dtype);
+    const int passes = passes_of(shape);
     chunk_table = memory.take(chunking_bytes(shape, kBackwardQ));
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
     delta = memory.take_array<float>(tensor_heads * kBackwardQ);
     a_cumsum_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
     a_run_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
-    args->rows_out = memory.take_array<float>(heads * kBackwardQ);
-    args->later_rows = memory.take_array<float>(heads * kBackwardQ);
-    args->columns = memory.take_array<float>(heads * kBackwardQ);
-    args->to_state = memory.take_array<float>(heads * kBackwardQ);
-    args->through = memory.take_array<float>(heads);
+    args->rows_out = memory.take_array<float>(passes * heads * kBackwardQ);
+    args->later_rows = memory.take_array<float>(passes * heads * kBackwardQ);
+    args->columns = memory.take_array<float>(passes * heads * kBackwardQ);
+    args->to_state = memory.take_array<float>(passes * heads * kBackwardQ);
+    args->through = memory.take_array<float>(passes * heads);
+    if (passes > 1) args->dx_sum = memory.take_array<float>(heads * kBackwardQ * kHeadDim);
     args->D_rows = memory.take_array<float>(int64_t(shape.h) * splits_of(shape) * kHeadDim);
     args->dD_blocks = memory.take_array<float>(heads * 2 * kHeadDim);
     dD = memory.take_array<float>(heads * kHeadDim);
     args->dB_slices = memory.take_array<float>(groups * kBackwardQ);
     args->dC_slices = memory.take_array<float>(groups * kBackwardQ);
     args->dC_later = memory.take_array<float>(groups * kBlock);
-    args->states = memory.take(problem.save_states ? 0 : images);
+    // With z all passes' S at once, for the gate wants them so.
+    args->states = memory.take(problem.save_states ? 0 : images * (problem.has_z ? passes : 1));
     args->d_states = memory.take(images);
     const int64_t ungated = problem.has_z ? shape.b * shape.l * shape.h * shape.p : 0;
     d_y = memory.take(ungated * size_of(problem.dtype));
@@ -85,13 +92,10 @@ int map_of(ptx::TensorMap* map, const Inputs& in, const Strided& tensor, int hea
   return make_tensor_map(map, in.dtype, tensor.ptr, 4, dims, strides, box, true);
 }
 
-int make_maps(const BackwardParams& params, const Strided& dy, BackwardArgs* args) {
-  const Inputs& in = params.in;
+int make_maps(const Inputs& in, const Strided& dy, BackwardArgs* args) {
   const Shape& shape = in.shape;
   if (const int error = map_of(&args->x, in, in.x, shape.h, shape.p)) return error;
-  if (const int error = map_of(&args->dy, in, dy, shape.h, shape.p)) return error;
-  if (const int error = map_of(&args->B, in, in.B, shape.g, shape.n)) return error;
-  return map_of(&args->C, in, in.C, shape.g, shape.n);
+  return map_of(&args->dy, in, dy, shape.h, shape.p);
 }
 
 void set_arguments(const BackwardParams& params, const Memory& memory, BackwardArgs* args) {
@@ -103,7 +107,8 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->splits = splits_of(in.shape);
   args->h = args->tensor_h * args->splits;
   args->g = in.shape.g;
-  args->n = in.shape.n;
+  args->n = columns_of(in.shape);
+  args->tensor_n = in.shape.n;
   args->delta = memory.delta;
   args->a_cumsum_log2 = memory.a_cumsum_log2;
   args->a_run_log2 = memory.a_run_log2;
@@ -122,7 +127,39 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->dD = params.dD ? memory.dD : nullptr;
 }
 
-DeltaGradientParts parts_of(const BackwardArgs& args) {
+// The same from column `first` on, when there is such a tensor.
+template <class Pointer>
+Pointer from_column(Pointer of, int first, std::size_t size) {
+  using Bytes =
+      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return of ? reinterpret_cast<Pointer>(reinterpret_cast<Bytes*>(of) + first * size) : nullptr;
+}
+
+// What one pass over columns of the state is given.
+int set_pass(const BackwardParams& params, int pass, bool states_of_all, BackwardArgs* args) {
+  const Inputs& in = params.in;
+  const std::size_t size = size_of(in.dtype);
+  const int first = pass * args->n;
+  const int64_t heads = int64_t(args->chunks) * args->h, tokens = pass * heads * kBackwardQ;
+  args->last_pass = pass + 1 == passes_of(in.shape);
+  for (float** array : {&args->rows_out, &args->later_rows, &args->columns, &args->to_state})
+    *array += tokens;
+  args->through += pass * heads;
+  if (states_of_all) args->states = from_column(args->states, first, heads * kHeadDim * size);
+  args->initial_states.ptr =
+      from_column(args->initial_states.ptr, first, size_of(args->initial_states.dtype));
+  args->d_final_states = from_column(args->d_final_states, first, sizeof(float));
+  args->d_initial_states = from_column(args->d_initial_states, first, sizeof(float));
+  args->dB.ptr = from_column(args->dB.ptr, first, size);
+  args->dC.ptr = from_column(args->dC.ptr, first, size);
+  Strided B = in.B, C = in.C;
+  B.ptr = from_column(B.ptr, first, size);
+  C.ptr = from_column(C.ptr, first, size);
+  if (const int error = map_of(&args->B, in, B, in.shape.g, args->n)) return error;
+  return map_of(&args->C, in, C, in.shape.g, args->n);
+}
+
+DeltaGradientParts parts_of(const BackwardArgs& args, int passes) {
   DeltaGradientParts parts;
   parts.delta = args.delta;
   parts.rows = args.rows_out;
@@ -132,28 +169,29 @@ DeltaGradientParts parts_of(const BackwardArgs& args) {
   parts.through = args.through;
   parts.dD = args.dD;
   parts.head_parts = args.splits;
+  parts.passes = passes;
   parts.programmatic = true;
   parts.dD_width = args.D_per_channel ? args.tensor_h * args.p : args.tensor_h;
   return parts;
 }
 
-// S and G of all chunks, or G alone. With z, whose gradient wants S and on which G waits: one after
-// the other, and dy becomes the gradient of the output before the gate.
-int sweep_states(const BackwardParams& params, const Memory& memory, const BackwardArgs& args,
-                 const StridedOut& d_y, const Device& device, void* stream) {
+// dz, and dy becomes the gradient of the output before the gate. It wants S; G waits for it.
+int pass_gate(const BackwardParams& params, const Memory& memory, const BackwardArgs* passes,
+              const StridedOut& d_y, const Device& device, void* stream) {
   const Inputs& in = params.in;
-  const Sweeps rest = in.z || args.states_kept ? Sweeps::gradients : Sweeps::both;
-  if (!in.z) return state_sweeps(args, rest, in.dtype, stream);
-  if (!args.states_kept) {
-    if (const int error = state_sweeps(args, Sweeps::states, in.dtype, stream)) return error;
+  for (int i = 0; i < passes_of(in.shape) && !passes->states_kept; ++i) {
+    if (const int error = state_sweeps(passes[i], Sweeps::states, in.dtype, stream)) return error;
   }
-  const sm80::GateBackward gate{params.dy, params.dz, d_y, true};
-  if (const int error =
-          sm80::chunk_scan_gate_backward(in, gate, args.chunking, memory.delta,
-                                         memory.a_cumsum_log2, args.states, device, stream)) {
-    return error;
-  }
-  return state_sweeps(args, rest, in.dtype, stream);
+  const sm80::GateBackward gate{params.dy, params.dz, d_y, passes->n};
+  return sm80::chunk_scan_gate_backward(in, gate, passes->chunking, memory.delta,
+                                        memory.a_cumsum_log2, passes->states, device, stream);
+}
+
+// One pass over columns of the state.
+int run_pass(const BackwardArgs& args, Sweeps sweeps, DType dtype, void* stream) {
+  if (const int error = state_sweeps(args, sweeps, dtype, stream)) return error;
+  if (const int error = chunk_scan_backward(args, dtype, stream)) return error;
+  return group_sum(args, dtype, stream);
 }
 
 }  // namespace
@@ -183,18 +221,27 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   set_arguments(params, memory, &args);
   const StridedOut d_y = sm80::contiguous(memory.d_y, shape);
   const Strided dy = in.z ? Strided{d_y.ptr, d_y.b, d_y.l, d_y.h} : params.dy;
-  if (const int error = make_maps(params, dy, &args)) return error;
+  if (const int error = make_maps(in, dy, &args)) return error;
   if (const int error = make_chunking(in, kBackwardQ, memory.chunk_table, &args.chunking, stream)) {
     return error;
+  }
+  const int count = passes_of(shape);
+  BackwardArgs passes[kMostPasses] = {args, args};
+  for (int i = 0; i < count; ++i) {
+    if (const int error = set_pass(params, i, sizes.has_z, passes + i)) return error;
   }
   if (const int error = chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream,
                                      nullptr, memory.a_run_log2)) {
     return error;
   }
-  if (const int error = sweep_states(params, memory, args, d_y, device, stream)) return error;
-  if (const int error = chunk_scan_backward(args, in.dtype, stream)) return error;
-  if (const int error = group_sum(args, in.dtype, stream)) return error;
-  if (const int error = delta_backward(params, parts_of(args), args.chunking, args.chunks,
+  if (sizes.has_z) {
+    if (const int error = pass_gate(params, memory, passes, d_y, device, stream)) return error;
+  }
+  const Sweeps sweeps = sizes.has_z || sizes.save_states ? Sweeps::gradients : Sweeps::both;
+  for (int i = 0; i < count; ++i) {
+    if (const int error = run_pass(passes[i], sweeps, in.dtype, stream)) return error;
+  }
+  if (const int error = delta_backward(params, parts_of(args, count), args.chunking, args.chunks,
                                        memory.delta_backward, stream)) {
     return error;
   }

@@ -47,6 +47,14 @@ CASES = {
     ),
     "z, p 80, groups": dict(z=True, p=80, b=2, h=4, g=2, l=140, sliced=True, seed=29),
     "z, p 40, resets": dict(z=True, p=40, l=140, seq_idx=True, seed=30),
+    "n 256": dict(n=256, h=3, initial_states="working", seed=33),
+    "n 256, p 80, groups": dict(n=256, p=80, b=2, h=4, g=2, D="hp", sliced=True, seed=34),
+    "n 256, z, packed": dict(
+        n=256, z=True, l=300, cu_seqlens=(3, 70, 70, 230, 290), initial_states="x", seed=35
+    ),
+    "n 256, strong decay, fp16": dict(
+        n=256, decay="strong", l=300, dtype=torch.float16, save_states=True, seed=36
+    ),
     "z, weak decay": dict(z=True, decay="weak", l=300, seed=31),
     "z, strong decay": dict(z=True, decay="strong", l=300, seed=32),
 }
