@@ -218,37 +218,50 @@ struct Scan {
       }
     }
   }
-  // This lane's eight values of z or dy; 0 where they are not `mine`.
-  MAMBA2_DEVICE void load_values(float (&v)[2][4], const T* g, bool mine) {
-    const uint4 unit = mine ? *reinterpret_cast<const uint4*>(g) : uint4{0, 0, 0, 0};
-    tile::from_unit<T>(v[0], v[1], unit);
+  // This lane's units of z or dy; 0 beyond the chunk and p.
+  using Units = uint4[kTileP / 16];
+  MAMBA2_DEVICE void load_units(Units& units, const Strided& tensor, int item) const {
+    const int row = 16 * row_block + tile::unit_row(), p_base = channel(item) + tile::unit_col();
+    const T* g = rows_of(tensor, head(item), p_base) + row * tensor.l;
+    MAMBA2_UNROLL for (int i = 0; i < kTileP / 16; ++i) {
+      const bool mine = row < work.count && p_base + 16 * i < params.p;
+      units[i] = mine ? *reinterpret_cast<const uint4*>(g + 16 * i) : uint4{0, 0, 0, 0};
+    }
+  }
+  // What the gate backward wants of an item, from its start on: registers there are enough of.
+  struct GateUnits {
+    Units z, dy;
+  };
+  MAMBA2_DEVICE void load_gate(GateUnits& gate, int item) const {
+    load_units(gate.z, params.z, item);
+    load_units(gate.dy, params.dy, item);
   }
   MAMBA2_DEVICE T* row_to(const StridedOut& out, int item, int row) const {
     const int64_t token = work.token + row;
     return static_cast<T*>(out.ptr) + work.row * out.b + token * out.l + head(item) * out.h +
            channel(item);
   }
-  MAMBA2_DEVICE void store(int item) {
+  MAMBA2_DEVICE void store(int item, const GateUnits& gate) {
     const int row = 16 * row_block + tile::unit_row(), p_base = channel(item);
     T* g_y = row_to(params.y, item, row);
-    const T* g_z = params.z.ptr == nullptr
+    const T* g_z = Tile::kGateBackward || params.z.ptr == nullptr
                        ? nullptr
                        : rows_of(params.z, head(item), p_base) + row * params.z.l;
     MAMBA2_UNROLL for (int i = 0; i < kTileP / 16; ++i) {
       const int col = 16 * i + tile::unit_col();
       const bool mine = row < work.count && p_base + col < params.p;
-      if (g_z != nullptr) {
+      if constexpr (Tile::kGateBackward) {
+        float z[2][4], dy[2][4];
+        tile::from_unit<T>(z[0], z[1], gate.z[i]);
+        tile::from_unit<T>(dy[0], dy[1], gate.dy[i]);
+        gate_gradients(y[i], z, dy);
+        const uint4 dz = tile::to_unit<T>(z[0], z[1]);
+        if (mine) *reinterpret_cast<uint4*>(row_to(params.dz, item, row) + col) = dz;
+      } else if (g_z != nullptr) {
         float z[2][4];
-        load_values(z, g_z + col, mine);
-        if constexpr (Tile::kGateBackward) {
-          float dy[2][4];
-          load_values(dy, rows_of(params.dy, head(item), p_base + col) + row * params.dy.l, mine);
-          gate_gradients(y[i], z, dy);
-          const uint4 dz = tile::to_unit<T>(z[0], z[1]);
-          if (mine) *reinterpret_cast<uint4*>(row_to(params.dz, item, row) + col) = dz;
-        } else {
-          apply_gate(y[i], z);
-        }
+        const uint4 unit = mine ? *reinterpret_cast<const uint4*>(g_z + col) : uint4{0, 0, 0, 0};
+        tile::from_unit<T>(z[0], z[1], unit);
+        apply_gate(y[i], z);
       }
       const uint4 unit = tile::to_unit<T>(y[i][0], y[i][1]);
       if (mine) *reinterpret_cast<uint4*>(g_y + col) = unit;
@@ -291,6 +304,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kBlocksPerSM)
   clear(scan.CB);
   MAMBA2_NO_UNROLL for (int item = 0; item < shared.work.items; ++item) {
     clear(scan.y);
+    typename Scan<Tile>::GateUnits gate;
+    if constexpr (Tile::kGateBackward) scan.load_gate(gate, item);
     MAMBA2_NO_UNROLL for (int i = 0; i < scan.slices(); ++i) {
       const int stage = (item * scan.slices() + i) % kStages;
       ptx::cp_async_wait_group<1>();
@@ -308,7 +323,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kBlocksPerSM)
     __syncthreads();
     scan.multiply_chunk();
     scan.add_skip();
-    scan.store(item);
+    scan.store(item, gate);
     __syncthreads();
     scan.load_x(item + 1);
     scan.load_steps(item + 1);
