@@ -43,9 +43,9 @@ struct Loader {
     return (walk.at_first() ? kBeginsTask : 0) | (next.i_seq < 0 ? kEndsTask : 0) |
            (walk.chunk.i_c == 0 ? kBeginsSequence : 0) | (walk.chunk.is_last ? kEndsSequence : 0);
   }
-  MAMBA2_DEVICE int kept_of(const Chunk& c) const {
-    const bool keeps = args.kept_states && c.i_c % (kKeptQ / kQ) == 0;
-    return keeps ? args.kept_chunking.first(c.i_seq) + c.i_c / (kKeptQ / kQ) : -1;
+  MAMBA2_DEVICE int kept_at(const Chunk& c) const {
+    static_assert(kKeptQ == 2 * kQ, "every second state is kept");
+    return args.kept_states ? 2 * args.kept_chunking.first(c.i_seq) + c.i_c : 1;
   }
   static MAMBA2_DEVICE Unit uniform(const Unit& u) {
     return {tile::uniform(u.index), tile::uniform(u.head), tile::uniform(u.p_block),
@@ -65,7 +65,7 @@ struct Loader {
       if (acts) {
         s.info[at.stage] = {
             flags_of(walk, next), c.row,     c.token, c.count, c.i_seq, task.pair, task.slot,
-            task.segment,         kept_of(c)};
+            task.segment,         kept_at(c)};
         load(units, row, token);
       }
       at.advance();

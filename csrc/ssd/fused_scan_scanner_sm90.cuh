@@ -241,13 +241,13 @@ struct Scanner {
 
   // Y = S C^T over this scanner's columns: issued, not waited for. S is kept if the backward wants
   // it.
-  MAMBA2_DEVICE void read_state(Product& Y, const State& S, const T* C, int kept) const {
+  MAMBA2_DEVICE void read_state(Product& Y, const State& S, const T* C, int kept_at) const {
     uint32_t S_rounded[kColumns / 4];
     tile::round_to_fragments<T>(S_rounded, S);
     if constexpr (kParts == 1) {
-      if (tile::uniform(kept) >= 0 && unit.active)
+      if (kept_at % 2 == 0 && unit.active)
         keep_state<T, kN>(static_cast<T*>(args.kept_states) +
-                              (int64_t(kept) * args.units + unit.index) * (kP * kN),
+                              (int64_t(kept_at / 2) * args.units + unit.index) * (kP * kN),
                           S_rounded, me);
     }
     ptx::wgmma_fence();
@@ -315,9 +315,10 @@ struct Scanner {
     OwnTokens y;           // of the chunk before, rounded
     bool y_waits = false;  // to be handed over, under this chunk's S C^T
     bool enters = true;    // a run or a sequence begins, or nothing follows
+    int kept_at = 1;       // as StageInfo's, counted along: reading it would delay every chunk
     tile::RingPosition<kStages> at;
     tile::RingPosition<kBuffers> from, to;
-    for (;; at.advance(), from.advance()) {
+    for (;; at.advance(), from.advance(), kept_at += args.kept_states != nullptr) {
       s.ring.wait_full(at);
       const auto& info = s.info[at.stage];
       const auto& stage = s.stage[at.stage];
@@ -327,9 +328,10 @@ struct Scanner {
         y_waits = false;
         if (tile::uniform(info.flags) & kExit) return;
         enter_run(S, info);
+        kept_at = tile::uniform(info.kept_at);
       }
       Product Y;
-      read_state(Y, S, stage.C, info.kept);
+      read_state(Y, S, stage.C, kept_at);
       if (y_waits) hand_over(y, to);
       s.weights_ring.wait_full(from);
       add_chunk(S, Y, stage, weights);

@@ -147,7 +147,7 @@ enum StageFlag : int {
 struct alignas(16) StageInfo {
   int flags, row, token, count;  // first: what every chunk wants, in one load
   int i_seq, pair, slot, segment;
-  int kept;  // chunk of kept_chunking whose entering state is to be kept, or -1
+  int kept_at;  // 2 x chunk of kept_chunking, odd in the middle of one; odd, too, if none is kept
 };
 
 template <class T, int kN, bool kGate>

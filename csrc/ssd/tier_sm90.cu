@@ -75,12 +75,16 @@ std::size_t forward_workspace_bytes(const Problem& problem, const Plan& plan, co
   return counting.bytes();
 }
 
-// The states that enter chunks of the backward, as images of 64 channels; none where two scanners
-// share one.
-int64_t chunk_states_numel(const Problem& problem, const Plan&) {
+// The states that enter chunks of the backward, as images of 64 channels. None where two scanners
+// share a state; nor where the backward would not be faster: its sweeps over states and over their
+// gradients, of two units a block and one block an SM, then have room side by side.
+int64_t chunk_states_numel(const Problem& problem, const Plan& plan) {
+  constexpr int kSMs = 132;
   const Shape& shape = problem.shape;
-  if (parts_per_unit(shape.n) > 1) return 0;
-  return shape.chunks(kKeptQ) * shape.h * ceil_div(shape.p, kP) * kP * shape.n;
+  const int64_t units = shape.h * ceil_div(shape.p, kP), in_group = units / shape.g;
+  const bool crowded = 2 * shape.nseq * shape.g * ceil_div(in_group, 2) > kSMs;
+  if (parts_per_unit(shape.n) > 1 || !(crowded || plan.batch_invariant)) return 0;
+  return shape.chunks(kKeptQ) * units * kP * shape.n;
 }
 
 int forward(const ForwardParams& params, const Plan& chosen, const Device& device, void* workspace,

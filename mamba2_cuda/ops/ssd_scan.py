@@ -37,7 +37,9 @@ def ssd_scan(
     seq_idx          (b, l)        int32: the state is forgotten where it changes within a row;
                                    initial_states reaches only the first run. Not with cu_seqlens
     save_states                    keeps chunk states for a faster backward where the kernels can
-                                   use them, at the cost of their memory; the CPU keeps none
+                                   use them: one state of x's dtype for 128 tokens of a head, held
+                                   until the backward (docs/kernels_backward.md has what it costs
+                                   and gives). The CPU keeps none
 
     Arithmetic and states are fp32 (fp64 for fp64). Under autocast x, B, C and z, and nothing else,
     are cast. No host synchronisation; bitwise repeatable, forward and backward.

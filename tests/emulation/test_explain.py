@@ -94,7 +94,7 @@ def test_shared_memory_fits_the_card(ask, card):
 @pytest.mark.parametrize("plan", [SM80, SM90])
 def test_kept_states_spare_the_forward_sweep(ask, plan):
     kept, again = (
-        ask(2, 300, 4, 64, 1, 128, backward=True, save_states=keep, plan=plan)
+        ask(2, 300, 80, 64, 1, 128, backward=True, save_states=keep, plan=plan)
         for keep in (True, False)
     )
     if plan == SM80:
@@ -104,8 +104,15 @@ def test_kept_states_spare_the_forward_sweep(ask, plan):
             [k["grid"][1] for k in a["kernels"] if "sweeps" in k["stage"]] for a in (again, kept)
         )
         assert list(sweeps) == [[2], [1]]
-    states = 2 * 3 * 4 * 64 * 128 * 2  # b, chunks, h, p, n, bytes
+    states = 2 * 3 * 80 * 64 * 128 * 2  # b, chunks, h, p, n, bytes
     assert again["workspace_bytes"] - kept["workspace_bytes"] == states
+
+
+def test_no_states_are_kept_where_both_sweeps_fit_the_card(ask):
+    kept, again = (
+        ask(2, 300, 66, 64, 1, 128, backward=True, save_states=keep) for keep in (True, False)
+    )
+    assert kept == again
 
 
 def test_nothing_to_do(ask):
