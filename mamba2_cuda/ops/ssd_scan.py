@@ -37,7 +37,7 @@ def ssd_scan(
     seq_idx          (b, l)        int32: the state is forgotten where it changes within a row;
                                    initial_states reaches only the first run. Not with cu_seqlens
     save_states                    keeps chunk states for a faster backward where the kernels can
-                                   use them: one state of x's dtype for 128 tokens of a head, held
+                                   use them: one state in x's dtype a head and 128 tokens, held
                                    until the backward (docs/kernels_backward.md has what it costs
                                    and gives). The CPU keeps none
 
