@@ -228,14 +228,9 @@ struct Scan {
       units[i] = mine ? *reinterpret_cast<const uint4*>(g + 16 * i) : uint4{0, 0, 0, 0};
     }
   }
-  // What the gate backward wants of an item, from its start on: registers there are enough of.
   struct GateUnits {
     Units z, dy;
   };
-  MAMBA2_DEVICE void load_gate(GateUnits& gate, int item) const {
-    load_units(gate.z, params.z, item);
-    load_units(gate.dy, params.dy, item);
-  }
   MAMBA2_DEVICE T* row_to(const StridedOut& out, int item, int row) const {
     const int64_t token = work.token + row;
     return static_cast<T*>(out.ptr) + work.row * out.b + token * out.l + head(item) * out.h +
@@ -305,7 +300,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kBlocksPerSM)
   MAMBA2_NO_UNROLL for (int item = 0; item < shared.work.items; ++item) {
     clear(scan.y);
     typename Scan<Tile>::GateUnits gate;
-    if constexpr (Tile::kGateBackward) scan.load_gate(gate, item);
+    if constexpr (Tile::kGateBackward) {  // early: there are registers enough
+      scan.load_units(gate.z, params.z, item);
+      scan.load_units(gate.dy, params.dy, item);
+    }
     MAMBA2_NO_UNROLL for (int i = 0; i < scan.slices(); ++i) {
       const int stage = (item * scan.slices() + i) % kStages;
       ptx::cp_async_wait_group<1>();
@@ -329,19 +327,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Tile::kBlocksPerSM)
     scan.load_steps(item + 1);
     ptx::cp_async_commit_group();
   }
-}
-
-// How many items a block takes: whichever count ends the grid first. A block's time is its items'
-// and 0.6 of an item for C B^T and the first copies; blocks run in waves that fill the card.
-int choose_items(int items_per_group, int64_t pairs, int64_t blocks_at_once) {
-  int best = 1;
-  int64_t best_time = INT64_MAX;
-  for (int items = 1; items <= kMaxItems && items <= items_per_group; ++items) {
-    const int64_t waves = ceil_div(pairs * ceil_div(items_per_group, items), blocks_at_once);
-    const int64_t time = waves * (10 * items + 6);
-    if (time < best_time) best = items, best_time = time;
-  }
-  return best;
 }
 
 template <class T, int tile_p, bool gate_backward>

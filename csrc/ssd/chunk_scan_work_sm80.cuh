@@ -51,4 +51,17 @@ MAMBA2_DEVICE void find_work(const ChunkScanParams& params, Work& work, int i) {
   work.count = chunk.i_seq < 0 ? 0 : chunk.count;
 }
 
+// How many items a block takes: whichever count ends the grid first. A block's time is its items'
+// and 0.6 of an item for C B^T and the first copies; blocks run in waves that fill the card.
+inline int choose_items(int items_per_group, int64_t pairs, int64_t blocks_at_once) {
+  int best = 1;
+  int64_t best_time = INT64_MAX;
+  for (int items = 1; items <= kMaxItems && items <= items_per_group; ++items) {
+    const int64_t waves = ceil_div(pairs * ceil_div(items_per_group, items), blocks_at_once);
+    const int64_t time = waves * (10 * items + 6);
+    if (time < best_time) best = items, best_time = time;
+  }
+  return best;
+}
+
 }  // namespace mamba2::ssd::sm80
