@@ -3,7 +3,8 @@
 #   bench/gpu_check.sh STAGE...
 #     smoke      the library loads; every tier on a few small problems
 #     tests      pytest, with the stamp that bench wants      ($PYTEST_ARGS)
-#     sanitize   compute-sanitizer on small problems          ($TIERS, $SANITIZERS)
+#     sanitize   compute-sanitizer on small problems, each tool and tier a process of its own, all
+#                at once                                     ($SANITIZERS, $TARGETS, $SECONDS_EACH)
 #     bench      times and ratios                             ($BENCH_ARGS of bench.run)
 #     ncu        every kernel once, by the hardware counters  ($SHAPE)
 # Wants mamba2_cuda/_ops*.so, and builds at most _C for this Python (seconds). Logs, rows and tables go under $OUT (default out).
@@ -22,16 +23,29 @@ smoke() { $PY -m bench.smoke; }
 
 tests() { $PY -m pytest -p bench.stamp -q --tb=short ${PYTEST_ARGS:-}; }
 
+# One run of one tool: its log, and a line that says how it ended.
+sanitize_one() {
+  local tool=$1 target=$2 begin=$SECONDS status log="$OUT/sanitize_$1_$2.log"
+  local what="--tier $target --run-only"
+  [ "$target" = layers ] && what=--layers
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SECONDS_EACH:-170}" compute-sanitizer \
+    --tool "$tool" --error-exitcode 9 --print-limit 5 $PY -m bench.smoke $what >"$log" 2>&1
+  status=$?
+  echo "$tool, $target: exit status $status, $((SECONDS - begin)) s, $(grep SUMMARY "$log")"
+  return $status
+}
+
 sanitize() {
-  local status=0 tool tier
-  for tool in ${SANITIZERS:-memcheck racecheck initcheck}; do
-    for tier in ${TIERS:-1 2 3}; do
-      echo "== $tool, tier $tier"
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 compute-sanitizer --tool "$tool" \
-        --error-exitcode 9 --print-limit 5 \
-        $PY -m bench.smoke --tier "$tier" --run-only || status=1
+  local status=0 tool target one runs=()
+  for tool in ${SANITIZERS:-memcheck racecheck initcheck synccheck}; do
+    for target in ${TARGETS:-1 2 3 layers}; do
+      sanitize_one "$tool" "$target" &
+      runs+=($!)
     done
   done
+  for one in "${runs[@]}"; do wait "$one" || status=1; done
+  [ $status = 0 ] || grep -hE -A 3 "=========.*(Error|error detected|Warning|hazard)" \
+    "$OUT"/sanitize_*.log | grep -v "Host Frame" | head -40
   return $status
 }
 

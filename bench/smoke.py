@@ -2,6 +2,7 @@
 
     python -m bench.smoke                       each tier in a process of its own, then a table
     python -m bench.smoke --tier 3 --run-only   for sanitizers: small cases, unchecked
+    python -m bench.smoke --layers              for sanitizers: what stands around the scan
 
 A tier that hangs or breaks the CUDA context costs its own process only. Below 1.0 passes: the worst
 error of any output or gradient over what the tests allow it.
@@ -49,6 +50,8 @@ SMALL = ("model", "all arguments", "packed", "seq_idx", "kept states", "sliced",
 
 def main():
     options = parse_options()
+    if options.layers:
+        return layers()
     if options.tier:
         sys.exit(one_tier(options.tier, options.cases, options.run_only))
     print_where()
@@ -77,10 +80,26 @@ def parse_options():
     parser.add_argument("--tier", type=int, choices=TIERS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--run-only", action="store_true", help="the small cases, unchecked")
+    parser.add_argument("--layers", action="store_true", help="a small model, unchecked")
     options = parser.parse_args()
     if options.run_only:
         options.cases = [name for name in options.cases if name in SMALL]
     return options
+
+
+def layers():
+    """A model forward, backward, and token by token: one row (fused steps), and several."""
+    from mamba2_cuda.model import Mamba2LMHeadModel, ModelConfig, generate
+
+    sizes = dict(d_model=128, n_layer=2, vocab_size=64, ssm_cfg=dict(d_state=64))
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Mamba2LMHeadModel(ModelConfig(**sizes), dtype=dtype).cuda()
+        logits = model(torch.randint(0, 64, (2, 150), device="cuda"))
+        logits.float().square().sum().backward()
+        for prompts in ([[1, 2, 3]], [[1, 2, 3], [4], [5, 6]]):
+            generate(model, prompts, 4, cuda_graph=False)
+        torch.cuda.synchronize()
+        print(f"layers {dtype}: ran")
 
 
 def print_where():
