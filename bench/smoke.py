@@ -51,7 +51,7 @@ SMALL = ("model", "all arguments", "packed", "seq_idx", "kept states", "sliced",
 def main():
     options = parse_options()
     if options.layers:
-        return layers()
+        return layers(options.tier or 0)
     if options.tier:
         sys.exit(one_tier(options.tier, options.cases, options.run_only))
     print_where()
@@ -87,10 +87,12 @@ def parse_options():
     return options
 
 
-def layers():
+def layers(tier):
     """A model forward, backward, and token by token: one row (fused steps), and several."""
     from mamba2_cuda.model import Mamba2LMHeadModel, ModelConfig, generate
+    from mamba2_cuda.ops.plan import force_plan
 
+    force_plan(tier)
     sizes = dict(d_model=128, n_layer=2, vocab_size=64, ssm_cfg=dict(d_state=64))
     for dtype in (torch.bfloat16, torch.float32):
         model = Mamba2LMHeadModel(ModelConfig(**sizes), dtype=dtype).cuda()
