@@ -107,6 +107,33 @@ def test_explain_tells_kernels():
     assert on_a_card["workspace_bytes"] > 0
 
 
+PLAN_OF_A_HOPPER = """
+#include <cstdio>
+#include "ssd/plan.h"
+int main() {
+  mamba2::ssd::Problem problem;
+  problem.shape = {2, 300, 4, 64, 1, 128, 2, false};
+  problem.dtype = mamba2::DType::bf16;
+  const auto plan = mamba2::ssd::make_plan(problem, {9, 0, 132}, 0);
+  std::printf("%d %s", static_cast<int>(plan.tier), plan.reason);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "archs, tier", [("8.0+PTX;9.0a", 3), ("80,90a-real", 3), ("8.0+PTX", 2), ("9.0", 2), ("", 3)]
+)
+def test_a_hopper_card_without_code_for_it_takes_the_portable_path(archs, tier, tmp_path):
+    """In code for other archs the kernels of tier sm90 are empty: nothing may choose them."""
+    (tmp_path / "plan.cpp").write_text(PLAN_OF_A_HOPPER)
+    sources = [ROOT / "csrc/ssd" / f"{name}.cpp" for name in ("plan", "plan_sm80", "plan_sm90")]
+    command = ["g++", "-std=c++17", f'-DMAMBA2_ARCHS="{archs}"', f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, tmp_path / "plan.cpp", *sources, "-o", tmp_path / "plan"], check=True)
+    said = subprocess.run([tmp_path / "plan"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{tier} ")
+    assert ("no code for 9.0a" in said) == (tier == 2)
+
+
 def test_explain_refuses_other_types():
     with pytest.raises(ValueError, match="dtype must be float64.*got int32"):
         mamba2_cuda.explain(b=1, l=1, h=1, p=1, n=1, dtype=torch.int32, device="cpu")

@@ -49,7 +49,10 @@ Plan chosen_tier(const Problem& problem, const Device& device, int forced) {
     return plan_of(Tier::sm90, forced, "wgmma and TMA: 16-bit, a card of compute capability 9.0");
   }
   if (supports(Tier::sm80, problem, device)) {
-    return plan_of(Tier::sm80, forced, "mma.sync: 16-bit, sizes that its tiles divide");
+    const bool lacks_sm90 = device.major == 9 && device.minor == 0 && !sm90::is_built();
+    return plan_of(Tier::sm80, forced,
+                   lacks_sm90 ? "mma.sync: this build has no code for 9.0a, which wgmma needs"
+                              : "mma.sync: 16-bit, sizes that its tiles divide");
   }
   return plan_of(Tier::any, forced, "plain loops: no tensor-core kernel takes this type or size");
 }

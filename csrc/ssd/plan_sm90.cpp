@@ -2,19 +2,30 @@
 #include "plan_sm90.h"
 
 #include <algorithm>
+#include <string_view>
 
 #include "tiers.h"
+
+// As TORCH_CUDA_ARCH_LIST or CMake names them.
+#ifndef MAMBA2_ARCHS
+#define MAMBA2_ARCHS ""
+#endif
 
 namespace mamba2::ssd::sm90 {
 
 constexpr int kQ = 64, kP = 64;
+
+bool is_built() {
+  constexpr std::string_view archs = MAMBA2_ARCHS;
+  return archs.empty() || archs.find("9.0a") != archs.npos || archs.find("90a") != archs.npos;
+}
 
 // Only exactly 9.0 runs this code: later cards have no wgmma. Both directions pad p to 64: from p
 // 32 on the forward is still faster than the portable path, which pads less (docs/kernels.md has
 // the times).
 bool supports(const Problem& problem, const Device& device) {
   const Shape& s = problem.shape;
-  const bool card = device.major == 9 && device.minor == 0;
+  const bool card = device.major == 9 && device.minor == 0 && is_built();
   const bool type = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
   const bool heads = s.p % 8 == 0 && s.p >= 32 && s.p <= 256;
   return card && type && heads && (s.n == 64 || s.n == 128 || s.n == 256);

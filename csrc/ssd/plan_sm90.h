@@ -11,6 +11,10 @@ constexpr int kTickets = 1, kSegments = 2;
 // n = 256 one, whose state takes the registers of both scanners.
 constexpr int units_per_block(int n) { return n > 128 ? 1 : 2; }
 
+// Whether this build has code for 9.0a, the only one in which this tier's kernels have bodies
+// (MAMBA2_SM90A). A build for the CPU, asked about a card, answers as if it had.
+bool is_built();
+
 // Completes a plan of tier sm90: q, variant, segment_chunks, reason.
 void plan_forward(const Problem& problem, const Device& device, Plan* plan);
 
