@@ -57,6 +57,7 @@ class MambaSsm:
             sys.modules[package.__name__] = package
         # The compiled scan of Mamba-1, imported and not used.
         sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+        stand_in_for_hubs()
         if importlib.util.find_spec("causal_conv1d") is None:
             stand_in_for_causal_conv1d()
             self.version += " + mamba2_cuda's causal_conv1d"
@@ -86,6 +87,26 @@ class MambaSsm:
 
 
 MAKERS = {"mamba2_cuda": lambda folder: Ours(), "mamba_ssm": MambaSsm}
+
+
+def stand_in_for_hubs():
+    """What mamba_ssm imports of transformers and huggingface_hub, where they are not installed: names
+    for files that nothing here loads, and a record of what was generated."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        make_module("huggingface_hub", PyTorchModelHubMixin=type("PyTorchModelHubMixin", (), {}))
+    if importlib.util.find_spec("transformers") is None:
+        make_module("transformers")
+        record = dict(GenerateDecoderOnlyOutput=types.SimpleNamespace, TextStreamer=object)
+        make_module("transformers.generation", **record)
+        make_module("transformers.utils", WEIGHTS_NAME="", CONFIG_NAME="")
+        make_module("transformers.utils.hub", cached_file=None)
+
+
+def make_module(name, **contents):
+    module = types.ModuleType(name)
+    module.__path__ = []
+    vars(module).update(contents)
+    sys.modules[name] = module
 
 
 def stand_in_for_causal_conv1d():
@@ -118,13 +139,14 @@ def stand_in_for_causal_conv1d():
         state = conv_state.transpose(1, 2)[:, 1:]
         return causal_conv1d_step(state, x, weight, bias, silu=activation is not None)
 
-    package = types.ModuleType("causal_conv1d")
-    package.__path__ = []
-    package.causal_conv1d_fn = causal_conv1d_fn
-    package.causal_conv1d_update = causal_conv1d_update
-    functions = types.ModuleType("causal_conv1d.cpp_functions")
-    functions.causal_conv1d_fwd_function = forward
-    functions.causal_conv1d_bwd_function = backward
-    functions.causal_conv1d_update_function = causal_conv1d_update
-    sys.modules["causal_conv1d"] = package
-    sys.modules["causal_conv1d.cpp_functions"] = functions
+    make_module(
+        "causal_conv1d",
+        causal_conv1d_fn=causal_conv1d_fn,
+        causal_conv1d_update=causal_conv1d_update,
+    )
+    make_module(
+        "causal_conv1d.cpp_functions",
+        causal_conv1d_fwd_function=forward,
+        causal_conv1d_bwd_function=backward,
+        causal_conv1d_update_function=causal_conv1d_update,
+    )

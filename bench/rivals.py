@@ -66,7 +66,6 @@ def ours(name="mamba2_cuda", tier=0):
 
 
 def mamba_ssm(folder):
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # tuned once for all runs of a machine
     version = install_mamba_ssm(folder)
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -89,6 +88,7 @@ def install_mamba_ssm(folder=None):
     Its own __init__ imports a compiled module that the Triton kernels do not need, so bare
     packages with the right path stand in for it.
     """
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # tuned once for all runs of a machine
     folder = folder or os.environ.get("MAMBA_SSM") or next(
         (str(p) for p in sorted(ROOT.glob("third_party/mamba_ssm*"))), None
     )  # fmt: skip
