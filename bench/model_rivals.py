@@ -35,15 +35,13 @@ class Ours:
         return model.loss(inputs, targets)
 
     def generate(self, model, prompts, new, state_dtype):
-        """A function that generates: prompts (b, l) -> tokens, those of the prompts included."""
+        """A function that generates: prompts (b, l) -> the new tokens, on the host."""
         b, l = prompts.shape
         decoder = Decoder(
             model, b, l + new, sampling=Sampling(temperature=0), state_dtype=state_dtype
         )
         rows = prompts.tolist()
-        return lambda: torch.tensor(
-            [row + text for row, text in zip(rows, decoder.generate(rows, new))]
-        )
+        return lambda: decoder.generate(rows, new)
 
 
 class MambaSsm:
@@ -81,17 +79,17 @@ class MambaSsm:
     def generate(self, model, prompts, new, state_dtype):
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError("mamba_ssm: the state has the weights' dtype")
-        length = prompts.size(1) + new
+        l = prompts.size(1)
         prompts = prompts.cuda()
-        return lambda: model.generate(prompts, length, top_k=1, cg=True).cpu()
+        return lambda: model.generate(prompts, l + new, top_k=1, cg=True)[:, l:].cpu()
 
 
 MAKERS = {"mamba2_cuda": lambda folder: Ours(), "mamba_ssm": MambaSsm}
 
 
 def stand_in_for_hubs():
-    """What mamba_ssm imports of transformers and huggingface_hub, where they are not installed: names
-    for files that nothing here loads, and a record of what was generated."""
+    """What mamba_ssm imports of transformers and huggingface_hub, where they are not installed:
+    names for files that nothing here loads, and a record of what was generated."""
     if importlib.util.find_spec("huggingface_hub") is None:
         make_module("huggingface_hub", PyTorchModelHubMixin=type("PyTorchModelHubMixin", (), {}))
     if importlib.util.find_spec("transformers") is None:

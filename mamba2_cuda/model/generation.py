@@ -45,7 +45,8 @@ class Decoder:
         self.device, self.vocab_size = device, model.config.vocab_size
         self.cache = model.allocate_cache(batch, max_length, state_dtype=state_dtype)
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
-        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the last one
+        self.tokens = self.token.new_zeros(batch, max_length + WARM_UP_STEPS)  # the new ones
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
         self.occurred = None
         if sampling.repetition_penalty != 1:
@@ -60,14 +61,13 @@ class Decoder:
         """As the function of this name."""
         self.start(prompts, max_new_tokens, seed)
         texts, taken = [[] for _ in prompts], 0
-        history = self.token.new_zeros(len(prompts), max_new_tokens)
+        new = self.tokens[:, self.cache.seen :]
         for i in range(max_new_tokens):
             if i:
                 self.step()
-            history[:, i] = self.token[:, 0]
             look = len(self.eos) and (i + 1) % LOOK_EVERY == 0
             if callback is not None or look or i + 1 == max_new_tokens:
-                self.collect(texts, history[:, taken : i + 1].tolist(), callback)
+                self.collect(texts, new[:, taken : i + 1].tolist(), callback)
                 taken = i + 1
                 if len(self.eos) and self.ended.all():
                     break
@@ -123,7 +123,7 @@ class Decoder:
             self.cache.seen += 1
 
     def advance(self, tokens, pads=None):
-        """The token after `tokens` (b, l), into self.token."""
+        """The token after `tokens` (b, l), into self.token, and into self.tokens at its place."""
         logits = self.model(tokens, cache=self.cache, pads=pads, last_only=True)
         logits = logits[:, 0, : self.vocab_size]
         token = self.sampling.choose(logits, self.occurred, self.generator)
@@ -133,6 +133,7 @@ class Decoder:
         if self.occurred is not None:
             self.occurred.scatter_(1, token[:, None], True)
         self.token.copy_(token[:, None])
+        self.tokens.index_copy_(1, self.cache.first[None], self.token)
 
     def forget(self):
         self.cache.reset()
