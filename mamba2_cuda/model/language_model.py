@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba2_cuda.nn import Attention, Block, Cache, Mamba2, MixerCache, RMSNorm, Tokens, functional
+from mamba2_cuda.nn import Attention, Block, Cache, Mamba2, MixerCache, RMSNorm, Tokens
 
 from .loss import cross_entropy
 
@@ -25,10 +25,9 @@ class Backbone(nn.Module):
 
     def forward(self, input_ids, tokens, cache=None):
         residual = self.embedding(input_ids)
-        if cache is not None and tokens.l == 1 and tokens.real() is None:
-            if not torch.is_grad_enabled():
-                return self.step(residual[:, 0], tokens, cache)[:, None]
         caches = [None] * len(self.layers) if cache is None else cache.layers
+        if not torch.is_grad_enabled():
+            return self.infer(residual, tokens, caches)
         for layer, layer_cache in zip(self.layers, caches):
             if self.activation_checkpointing and self.training and cache is None:
                 residual = checkpoint(layer, residual, tokens, use_reentrant=False)
@@ -36,14 +35,14 @@ class Backbone(nn.Module):
                 residual = layer(residual, tokens, layer_cache)
         return self.norm_f(residual)
 
-    def step(self, residual, tokens, cache):
-        """forward for one token a row, from its embedding (b, d_model), which is overwritten."""
+    def infer(self, residual, tokens, caches):
+        """forward without gradients, from the embedding, which is overwritten."""
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         pending = None
-        for layer, layer_cache in zip(self.layers, cache.layers):
-            residual, pending = layer.step(residual, pending, tokens, layer_cache)
-        return functional.add_norm(residual, pending, self.norm_f.weight, eps=self.norm_f.eps)
+        for layer, cache in zip(self.layers, caches):
+            residual, pending = layer.infer(residual, pending, tokens, cache)
+        return self.norm_f.add(residual, pending)
 
 
 def make_block(config, i, **made):

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from . import functional
 from .mixer import Mamba2
 from .mlp import GatedMLP
 from .norm import RMSNorm
@@ -38,18 +37,21 @@ class Block(nn.Module):
             residual = residual + self.mlp(self.norm2(residual))
         return residual
 
-    def step(self, residual, pending, tokens, cache):
-        """forward for one token a row, in few kernels and in place.
+    def infer(self, residual, pending, tokens, cache):
+        """forward without gradients, in few kernels and in place.
 
-        residual (b, d_model) still lacks `pending`, which the block before adds, or None. Returns
+        residual (b, l, d_model) still lacks `pending`, what the block before adds, or None. Returns
         the two for the block behind.
         """
-        if pending is None and isinstance(self.mixer, Mamba2) and self.mixer.adds_fast(residual):
-            self.mixer.add_step(residual, self.norm, cache)
+        if pending is None and self.steps_fast(residual, tokens, cache):
+            self.mixer.add_step(residual[:, 0], self.norm, cache)
         else:
-            u = functional.add_norm(residual, pending, self.norm.weight, eps=self.norm.eps)
-            pending = self.mixer(u[:, None], tokens, cache)[:, 0]
+            pending = self.mixer(self.norm.add(residual, pending), tokens, cache)
         if self.mlp is not None:
-            u = functional.add_norm(residual, pending, self.norm2.weight, eps=self.norm2.eps)
-            pending = self.mlp(u)
+            pending = self.mlp(self.norm2.add(residual, pending))
         return residual, pending
+
+    def steps_fast(self, residual, tokens, cache):
+        """Whether this is one token a row that the mixer has its fastest kernels for."""
+        one = cache is not None and tokens.l == 1 and tokens.real() is None
+        return one and isinstance(self.mixer, Mamba2) and self.mixer.adds_fast(residual[:, 0])

@@ -17,6 +17,13 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         return functional.gated_rmsnorm(x, self.weight, eps=self.eps).to(self.weight.dtype)
 
+    def add(self, residual, x):
+        """residual (b, l, d) += x in place, where x is not None; returns its norm. One kernel,
+        without gradients."""
+        x = None if x is None else x.flatten(0, 1)
+        y = functional.add_norm(residual.flatten(0, 1), x, self.weight, eps=self.eps)
+        return y.view(residual.shape)
+
 
 class GatedRMSNorm(nn.Module):
     """norm(y silu(z)), or norm(y) silu(z) with norm_before_gate, over groups of group_size."""
