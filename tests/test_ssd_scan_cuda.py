@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, make_gradients, make_inputs
-from common import check, gradients, leaves_of, plans, run_ops, run_public, same_bits
+from common import (
+    check,
+    gradients,
+    leaves_of,
+    op_arguments,
+    plans,
+    run_ops,
+    run_public,
+    same_bits,
+)
 
 import mamba2_cuda
 
@@ -16,7 +25,10 @@ ALL = Case(
 PACKED = replace(ALL, b=1, cu_seqlens=(0, 100, 100, 333, 490))
 
 
-@pytest.mark.parametrize("case", [ALL, PACKED, replace(ALL, b=1, l=9000)], ids=str)
+WIDE = replace(PACKED, p=128, n=256)  # heads in parts, states in passes
+
+
+@pytest.mark.parametrize("case", [ALL, PACKED, WIDE, replace(ALL, b=1, l=9000)], ids=str)
 def test_graph_capture(case, cuda):
     """A captured forward and backward, replayed on new values, packed bounds included."""
     inputs, (dy, d_final) = make_inputs(case, cuda), make_gradients(case, cuda)
@@ -122,6 +134,18 @@ def test_more_than_2_31_elements(cuda, ops):
         for name in ("y", "final_states", "dx", "d_dt", "dB", "dC"):
             assert torch.equal(got[name][1:], expected[name]), f"{name} plan={plan}"
         del got, expected
+
+
+@pytest.mark.parametrize("z", [False, True])
+def test_states_kept_where_they_fill_the_card(z, cuda, ops):
+    """With so many heads the tensor-core tiers' forward keeps states for their backward."""
+    case = replace(ALL, l=300, h=80, g=1, z=z, save_states=True)
+    tensors, options = op_arguments(make_inputs(case, cuda))
+    for plan in plans(cuda, case.dtype):
+        kept = ops.ssd_scan_forward(*tensors, *options, False, True, plan)[2]
+        if plan in (2, 3):
+            assert kept.numel() == 2 * 3 * 80 * 64 * 128  # b, chunks of 128 tokens, h, p, n
+        check(run_ops(ops, plan), case, cuda)
 
 
 @pytest.mark.parametrize("b, l", [(1, 65536), (4, 16384)])
