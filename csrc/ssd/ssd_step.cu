@@ -4,12 +4,12 @@
 // token costs once a thread (softplus, exponential, addresses) and once a row (the sum over
 // threads, which is y) is spread over up to 64 elements. They stay in registers through all tokens.
 // A task is kRows * kThreads / kLanes rows of one head; a block takes every gridDim.x-th of them,
-// and has the next one's state on its way to shared memory (cp.async) while it steps one: so much
-// is in flight at any time. A thread reads what it copied itself: there is no barrier.
-// Grid: as many blocks as the card holds at once, or tasks. Shared memory: two tasks' state.
-// Bound by memory: the state once in and once out; at batch 1 by the latency of one such trip.
-// Rows that are no whole number of 16 bytes, fp64 and rarer pairs of types: ssd_step_any.
-// Deterministic; nothing depends on the batch.
+// and has what the next one needs on its way while it steps one: the state, B and C to shared
+// memory (cp.async), the rest to registers. A thread reads the state that it copied itself, a warp
+// its own copy of B and C: there is no barrier of the block. Grid: as many blocks as the card holds
+// at once, or tasks. Shared memory: what two tasks need. Bound by memory: the state once in and
+// once out; at batch 1 by the latency of one such trip. Rows that are no whole number of 16 bytes,
+// fp64 and rarer pairs of types: ssd_step_any. Deterministic; nothing depends on the batch.
 #include "../core/activations.cuh"
 #include "../core/launch.h"
 #include "../core/vectors.cuh"
@@ -20,9 +20,10 @@ namespace mamba2::ssd {
 namespace {
 
 constexpr int kThreads = 64;
-constexpr int kMostBlocksPerSm = 8;           // 128 registers a thread: no spill
-constexpr int kSms = 132;                     // of an H100 or H200, whatever the card
-constexpr std::size_t kSmemOfSm = 216 << 10;  // leaves what the driver takes of 8 blocks
+// Registers leave no more: 128 a thread, and addresses take some where nothing is whole.
+constexpr int most_blocks_per_sm(bool whole) { return whole ? 8 : 6; }
+constexpr int kSms = 132;             // of an H100 or H200, whatever the card
+constexpr int kSmemOfSm = 216 << 10;  // leaves what the driver takes of 8 blocks
 
 // ---- rows in vectors ----
 
@@ -85,20 +86,27 @@ class Tasks {
   Place stride_, at_;
 };
 
-// A thread's vectors of the state, of this task and the next.
+// Of this task and the next: a thread's vectors of the state, a warp's B and C.
 template <class L>
 struct Ring {
+  using T = typename L::T;
   static constexpr int kStages = 2;
-  static constexpr std::size_t kStageBytes =
-      std::size_t(L::kRows) * L::kVectors * kThreads * kVectorBytes;
-  static constexpr std::size_t kBytes = kStages * kStageBytes;
-  static constexpr int kFit = static_cast<int>(kSmemOfSm / kBytes);
-  static constexpr int kBlocksPerSm = kFit < kMostBlocksPerSm ? kFit : kMostBlocksPerSm;
-  char* s_vectors;  // (kStages, kRows, kVectors, kThreads) 16 bytes
+  static constexpr int kStateBytes = L::kRows * L::kVectors * kThreads * kVectorBytes;
+  static constexpr int kRowBytes = L::kRowColumns * static_cast<int>(sizeof(T));  // of B, or of C
+  static constexpr int kStageBytes = kStateBytes + kThreads / 32 * 2 * kRowBytes;
+  static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr int kFit = kSmemOfSm / kBytes, kMost = most_blocks_per_sm(L::kWhole);
+  static constexpr int kBlocksPerSm = kFit < kMost ? kFit : kMost;
+  char* s_bytes;
 
-  MAMBA2_DEVICE char* at(int stage, int r, int v) const {
-    const int which = (stage * L::kRows + r) * L::kVectors + v;
-    return s_vectors + (which * kThreads + static_cast<int>(threadIdx.x)) * kVectorBytes;
+  MAMBA2_DEVICE char* state(int stage, int r, int v) const {
+    const int which = (r * L::kVectors + v) * kThreads + static_cast<int>(threadIdx.x);
+    return s_bytes + stage * kStageBytes + which * kVectorBytes;
+  }
+  // B (which = 0) or C (1), kRowColumns of it, zeros behind n.
+  MAMBA2_DEVICE char* row(int stage, int which) const {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    return s_bytes + stage * kStageBytes + kStateBytes + (warp * 2 + which) * kRowBytes;
   }
 };
 
@@ -141,7 +149,7 @@ struct Rows {
     for (int r = 0; r < L::kRows; ++r) {
       MAMBA2_UNROLL
       for (int v = 0; v < L::kVectors; ++v) {
-        ptx::cp_async_16(ring.at(stage, r, v), g_state + element(r, v),
+        ptx::cp_async_16(ring.state(stage, r, v), g_state + element(r, v),
                          there & has_row(r) & has_column(v));
       }
     }
@@ -151,7 +159,7 @@ struct Rows {
     for (int r = 0; r < L::kRows; ++r) {
       MAMBA2_UNROLL
       for (int v = 0; v < L::kVectors; ++v) {
-        load_vector(reinterpret_cast<const S*>(ring.at(stage, r, v)), H[r][v]);
+        load_vector(reinterpret_cast<const S*>(ring.state(stage, r, v)), H[r][v]);
       }
     }
   }
@@ -168,48 +176,61 @@ struct Rows {
   }
 };
 
-// What a thread needs of one token, as it lies in memory.
+// Begins to copy a token's B and C for the warp; zeros where there is none.
+template <class L>
+MAMBA2_DEVICE void request_token(const Inputs& in, const Task& task, int i_t, const Ring<L>& ring,
+                                 int stage) {
+  using T = typename L::T;
+  constexpr int kPieces = Ring<L>::kRowBytes / kVectorBytes;
+  const bool there = task.slots.source >= 0 && i_t < in.shape.l;
+  const int i_g = in.shape.g == 1 ? 0 : task.i_h / in.shape.heads_per_group();
+  MAMBA2_UNROLL
+  for (int first = 0; first < 2 * kPieces; first += 32) {
+    const int i = first + static_cast<int>(threadIdx.x) % 32, which = i / kPieces;
+    if (2 * kPieces % 32 != 0 && which > 1) continue;
+    const Strided& from = which == 0 ? in.B : in.C;
+    const int column = i % kPieces * (kVectorBytes / static_cast<int>(sizeof(T)));
+    const T* g_row = static_cast<const T*>(from.ptr);
+    if (there) g_row += at_token(from, task.i_b, i_t, i_g);
+    ptx::cp_async_16(ring.row(stage, which) + i % kPieces * kVectorBytes, g_row + column,
+                     there && (L::kWhole || column < in.shape.n));
+  }
+}
+
+// What a thread needs of a token beside them, as it lies in memory.
 template <class L>
 struct Token {
   using T = typename L::T;
-  Packed<T, L::kColumns> B[L::kVectors], C[L::kVectors];
   T x[L::kRows], z;  // z of the row whose y the thread writes
   TokenScalars scalars;
+  AnyBits skip;  // D there; 0 without
 
-  MAMBA2_DEVICE void load(const Rows<L>& rows, const Inputs& in, const Place& at, int i_t) {
-    const int i_b = at.i_b, i_h = at.i_h;
-    const int i_g = in.shape.g == 1 ? 0 : i_h / in.shape.heads_per_group();
-    const T* g_B = static_cast<const T*>(in.B.ptr) + at_token(in.B, i_b, i_t, i_g);
-    const T* g_C = static_cast<const T*>(in.C.ptr) + at_token(in.C, i_b, i_t, i_g);
-    MAMBA2_UNROLL
-    for (int v = 0; v < L::kVectors; ++v) {
-      B[v].zero();
-      C[v].zero();
-      if (rows.has_column(v)) {
-        B[v].load(g_B + rows.column(v));
-        C[v].load(g_C + rows.column(v));
-      }
-    }
-    const T* g_x = static_cast<const T*>(in.x.ptr) + at_token(in.x, i_b, i_t, i_h);
-    const T* g_z = static_cast<const T*>(in.z.ptr) + at_token(in.z, i_b, i_t, i_h);
+  MAMBA2_DEVICE void load(const Inputs& in, const Task& task, int i_t) {
+    const Rows<L> rows(task, in.shape);
+    if (task.slots.source < 0 || i_t >= in.shape.l) return;
+    const T* g_x = static_cast<const T*>(in.x.ptr) + at_token(in.x, task.i_b, i_t, task.i_h);
+    const T* g_z = static_cast<const T*>(in.z.ptr) + at_token(in.z, task.i_b, i_t, task.i_h);
     MAMBA2_UNROLL
     for (int r = 0; r < L::kRows; ++r) {
       x[r] = rows.has_row(r) ? g_x[rows.i_p(r)] : convert<T>(0.f);
     }
     z = in.z && rows.has_own() ? g_z[rows.own()] : convert<T>(0.f);
-    scalars.load(in, i_b, i_t, i_h);
+    scalars.load(in, task.i_b, i_t, task.i_h);
+    if (in.D && rows.has_own()) skip = load_skip_weight(in, task.i_h, rows.own());
   }
 };
 
-// The state becomes the token's; y of the thread's own row, D the skip weight there.
+// The state becomes the token's; y of the thread's own row.
 template <class L>
-MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, float D, const Inputs& in) {
+MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, const Ring<L>& ring, int stage,
+                               const Inputs& in) {
+  using T = typename L::T;
   const auto weights = token.scalars.template weights<float>(in);
   float B[L::kVectors][L::kColumns], C[L::kVectors][L::kColumns];
   MAMBA2_UNROLL
   for (int v = 0; v < L::kVectors; ++v) {
-    token.B[v].unpack(B[v]);
-    token.C[v].unpack(C[v]);
+    load_vector(reinterpret_cast<const T*>(ring.row(stage, 0)) + rows.column(v), B[v]);
+    load_vector(reinterpret_cast<const T*>(ring.row(stage, 1)) + rows.column(v), C[v]);
   }
   float own_y = 0, own_x = 0;
   MAMBA2_UNROLL
@@ -228,30 +249,26 @@ MAMBA2_DEVICE float step_token(Rows<L>& rows, const Token<L>& token, float D, co
     own_y = rows.lane == r ? y : own_y;
     own_x = rows.lane == r ? x : own_x;
   }
-  const float y = own_y + D * own_x;
+  const float y = own_y + value_of<float>(token.skip) * own_x;
   return in.z ? y * fast::silu(convert<float>(token.z)) : y;
 }
 
-// One task, whose state is in the ring or on its way there, with one group of copies behind it.
+// One task: its state, and its first token, are there or on their way, and one group of copies
+// behind them.
 template <class L>
-MAMBA2_DEVICE void step_task(const StepParams& params, const Task& task, const Ring<L>& ring,
-                             int stage) {
+MAMBA2_DEVICE void step_task(const StepParams& params, const Task& task, Token<L> token,
+                             const Ring<L>& ring, int stage) {
   using T = typename L::T;
   const Inputs& in = params.in;
   const int tokens = static_cast<int>(in.shape.l);
   Rows<L> rows(task, in.shape);
-  const bool has_own = rows.has_own(), padding = task.slots.source < 0;
+  const bool has_own = rows.has_own();
   const int64_t token_y = int64_t(in.shape.h) * in.shape.p;
   T* g_y = static_cast<T*>(params.y) + task.i_b * tokens * token_y;
   g_y += task.i_h * in.shape.p + rows.own();
-  Token<L> token;
-  AnyBits skip;  // D; 0 without
-  if (!padding) {
-    if (tokens > 0) token.load(rows, in, task, 0);
-    if (in.D && has_own) skip = load_skip_weight(in, task.i_h, rows.own());
-  }
   ptx::cp_async_wait_group<1>();
-  if (padding) {  // y = 0
+  __syncwarp();
+  if (task.slots.source < 0) {  // padding: y = 0
     MAMBA2_NO_UNROLL
     for (int i_t = 0; i_t < tokens; ++i_t) {
       if (has_own) g_y[i_t * token_y] = convert<T>(0.f);
@@ -259,12 +276,17 @@ MAMBA2_DEVICE void step_task(const StepParams& params, const Task& task, const R
     return;
   }
   rows.take(ring, stage);
-  const float D = value_of<float>(skip);
   MAMBA2_NO_UNROLL
   for (int i_t = 0; i_t < tokens; ++i_t) {
-    const float y = step_token(rows, token, D, in);
+    const float y = step_token(rows, token, ring, stage, in);
     if (has_own) g_y[i_t * token_y] = convert<T>(y);
-    if (i_t + 1 < tokens) token.load(rows, in, task, i_t + 1);
+    if (i_t + 1 == tokens) break;
+    __syncwarp();
+    request_token(in, task, i_t + 1, ring, stage);
+    ptx::cp_async_commit_group();
+    token.load(in, task, i_t + 1);
+    ptx::cp_async_wait_group<0>();
+    __syncwarp();
   }
   if (task.slots.target >= 0) rows.store(params, task);
 }
@@ -273,22 +295,32 @@ template <class L>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Ring<L>::kBlocksPerSm)
     ssd_step_vectors(MAMBA2_GRID_CONSTANT const StepParams params, int parts) {
   const Ring<L> ring{static_cast<char*>(ptx::dynamic_smem())};
-  const auto request = [&](const Task& task, int stage) {
-    Rows<L>(task, params.in.shape).request(params, task, ring, stage);
-    ptx::cp_async_commit_group();
+  const Inputs& in = params.in;
+  const auto request_state = [&](const Task& task, int stage) {
+    Rows<L>(task, in.shape).request(params, task, ring, stage);
   };
   Tasks tasks(params, parts);
   if (!params.early_state) ptx::griddepcontrol_wait();
   Task task = tasks.take();
-  request(task, 0);  // perhaps while the kernel that makes the token still runs
+  request_state(task, 0);  // perhaps while the kernel that makes the token still runs
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
+  request_token(in, task, 0, ring, 0);
+  ptx::cp_async_commit_group();
+  Token<L> token;
+  token.load(in, task, 0);
   MAMBA2_NO_UNROLL
   for (int stage = 0; task.there; stage ^= 1) {
     const Task next = tasks.take();
-    request(next, stage ^ 1);
-    step_task(params, task, ring, stage);
+    __syncwarp();  // the warp has read what lay here
+    request_state(next, stage ^ 1);
+    request_token(in, next, 0, ring, stage ^ 1);
+    ptx::cp_async_commit_group();
+    Token<L> next_token;
+    next_token.load(in, next, 0);
+    step_task(params, task, token, ring, stage);
     task = next;
+    token = next_token;
   }
 }
 
