@@ -158,6 +158,14 @@ inline uint32_t smem_address(const void* p) {
 
 inline float flush_subnormal(float v) { return std::fabs(v) < 1.17549435e-38f ? 0.0f * v : v; }
 inline float ex2(float x) { return flush_subnormal(std::exp2(flush_subnormal(x))); }
+template <class T>
+uint32_t fma_rn_x2(uint32_t a, uint32_t b, uint32_t c) {
+  const float2 u = unpack2<T>(a), v = unpack2<T>(b), w = unpack2<T>(c);
+  const T d[2] = {convert<T>(double(u.x) * v.x + w.x), convert<T>(double(u.y) * v.y + w.y)};
+  uint32_t pair;
+  std::memcpy(&pair, d, 4);
+  return pair;
+}
 inline float rcp(float x) { return flush_subnormal(1.0f / flush_subnormal(x)); }
 
 inline void bar_sync(int id, int threads) { emulation::named_barrier(id, threads); }

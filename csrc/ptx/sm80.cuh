@@ -55,5 +55,21 @@ MAMBA2_DEVICE void mma_m16n8k16<f16>(float (&d)[4], const uint32_t (&a)[4], uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// a b + c of two pairs of T, rounded once.
+template <class T>
+MAMBA2_DEVICE uint32_t fma_rn_x2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+MAMBA2_DEVICE uint32_t fma_rn_x2<bf16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+template <>
+MAMBA2_DEVICE uint32_t fma_rn_x2<f16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 }  // namespace mamba2::ptx
 #endif

@@ -1,4 +1,4 @@
-// chunk_scan_backward (sm_90a), the finishing side: K, and what the two consumers leave of a head
+// chunk_scan_backward (sm_90a), the finishing side: K, and what the consumers leave of a head
 // in shared memory on its way to global memory, while they do the next head.
 //
 //   K = 2^a_q <G, S>     dx     R_i - Q_i     E_i     F_j / delta_j     sum_{i>=j} V_ij     dD
@@ -21,26 +21,30 @@ struct FinishingSide {
   // Asked for anew: what follows from a kept one would cost registers.
   MAMBA2_DEVICE int thread_anew() const { return 32 * warp + ptx::laneid(); }
 
-  // <G, S>: the later block leaves it to the earlier one, which has more to do besides.
+  // <G, S> as the trace of G S^T: tensor cores take 16 by 16 elements of both at a time and add up
+  // 16 rows by 16, of which the diagonal counts. The later block leaves it to the earlier one,
+  // which has more to do besides.
   MAMBA2_DEVICE void multiply_states(const StateStage<T, kN>& states, float* K) {
-    float sum = 0;
+    const int lane = ptx::laneid();
+    tile::Lane rows(lane);
+    float upper[4] = {}, lower[4] = {};  // 16 rows of G by the upper, the lower 8 rows of S
     MAMBA2_NO_UNROLL
-    for (int i = thread_anew(); i < kHeadDim * kN / kUnit; i += kThreads) {
-      const uint4 g = reinterpret_cast<const uint4*>(states.G)[i];
-      const uint4 h = reinterpret_cast<const uint4*>(states.S)[i];
-      const uint32_t gs[4] = {g.x, g.y, g.z, g.w}, hs[4] = {h.x, h.y, h.z, h.w};
-      float parts[2] = {};
+    for (int step = warp; step < kN / 16; step += kFinishWarps) {
+      const int panel = step / 4 * kHeadDim * tile::kPanelColumns;
       MAMBA2_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        const float2 u = unpack2<T>(gs[k]), v = unpack2<T>(hs[k]);
-        parts[0] += u.x * v.x;
-        parts[1] += u.y * v.y;
+      for (rows.warp = 0; rows.warp < kHeadDim / 16; ++rows.warp) {
+        uint32_t g[4], h[4];
+        tile::load_fragment(g, states.G + panel, step % 4, rows);
+        tile::load_fragment(h, states.S + panel, step % 4, rows);
+        ptx::mma_m16n8k16<T>(upper, g, h[0], h[2]);
+        ptx::mma_m16n8k16<T>(lower, g, h[1], h[3]);
       }
-      sum += parts[0] + parts[1];
     }
+    const int past = lane / 4 - 2 * (lane % 4);  // row - column of this lane's first element
+    float sum = past == 0 ? upper[0] + lower[2] : past == 1 ? upper[1] + lower[3] : 0;
     MAMBA2_UNROLL
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (ptx::laneid() == 0) K[warp] = sum;
+    if (lane == 0) K[warp] = sum;
   }
 
   MAMBA2_DEVICE void store_dx(int head) {
@@ -64,9 +68,10 @@ struct FinishingSide {
     const float (&R)[4][kBlock] = results.R[kOwn];
     const bool earlier = task.block == 0;
     const int64_t own = index * kBackwardQ + task.block * kBlock + i;
-    const float row = R[0][i] + R[1][i] + R[2][i] + R[3][i] - results.Q[i];
-    args.columns[own] = results.V[i] + results.diagonal[i];
-    args.to_state[own] = results.F[i];
+    const float V = results.V[0][i] + results.V[1][i];
+    const float row = R[0][i] + R[1][i] + R[2][i] + R[3][i] - V * results.delta[i];
+    args.columns[own] = V + results.diagonal[i];
+    args.to_state[own] = results.F[0][i] + results.F[1][i];
     args.rows_out[own] = earlier ? row : row + results.E[i];
     if (earlier) args.later_rows[own] = results.E[i];
     const bool by_sweeps =

@@ -7,18 +7,18 @@
 //   V_ij = L_ij (C_i.B_j) (dy_i.x_j): row sums R, column sums Q and, diagonal included, the direct
 //          part of d delta; E_i = 2^a_i dy_i.(S C_i), F_j, K = 2^a_q <G, S>, dD
 //
-// grid: (chunks x 2 blocks of 64 tokens, groups x slices of the group's heads). A block of threads
+// grid: (chunks, groups, 2 blocks of 64 tokens x slices of a group's heads). A block of threads
 //   owns 64 tokens, loops over its heads and keeps dB, dC and dCB, summed over heads, in registers.
 //   Its tokens are the j of all pairs (i, j): the earlier block also does the pairs with the later
-//   one, and what they give to the later tokens goes to dC_later and later_rows.
-// Warpgroups: the state side (products with S and G: dC, dB, E, dD); the token side (products of
-//   tokens, transposed: rows are j): dx, dCB, R, Q, F; a warp that loads and three that finish: K,
-//   and dx and all sums to memory. C B^T is computed once and parked in shared memory in fp32; dCB
-//   meets B and C once, after the last head.
-// Shared memory: 3 stages x (x, dy of two blocks) + 2 stages x (S, G) + B, C + C B^T of two blocks
-// +
-//   dx: 224 KB at n = 128. Registers: 224 and 240 a consumer thread, 40 the others.
-// Bound by HBM (80 KB a chunk and head), with issue slots and the tensor pipe close behind.
+//   one, and what they give to the later tokens goes to dC_later and later_rows. Earlier blocks,
+//   which take longer, begin first, so that the card ends with short ones.
+// Warpgroups: the state side (products with S and G: dC, dB, E, dD); two token sides (products of
+//   tokens, transposed: rows are j), which share out columns i and channels: dx, dCB, R, Q, F; a
+//   warp that loads and three that finish: K, and dx and all sums to memory. C B^T is computed
+//   once, in fp32; dCB meets B and C once, after the last head.
+// Shared memory: 3 stages x (x, dy of two blocks) + 2 stages x (S, G) + B, C + C B^T of the later
+//   block + m of two exchanges + dx: 224 KB at n = 128. Registers: ScanRegisters.
+// Bound by the chain of the token sides; the floor is HBM's (80 KB a chunk and head).
 // Not supported: n other than 64 and 128.
 #include "../core/launch.h"
 #include "chunk_scan_backward_finish_sm90.cuh"
@@ -106,18 +106,19 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  using Registers = ScanRegisters<kN>;
   const int warp = tile::uniform(threadIdx.x / 32);
   if (warp >= kConsumerWarps) {
-    ptx::setmaxnreg_dec<40>();
+    ptx::setmaxnreg_dec<Registers::kOthers>();
     if (warp > kConsumerWarps)
       FinishingSide<T, kN>{args, s, task, warp - kConsumerWarps - 1}.run();
     else if (threadIdx.x == kScanConsumers)
       produce<T, kN>(args, s, task);
-  } else if (warp < kConsumerWarps / 2) {
-    ptx::setmaxnreg_inc<224>();
+  } else if (warp < kSideWarps) {
+    ptx::setmaxnreg_inc<Registers::kState>();
     StateSide<T, kN>(args, s, task).run();
   } else {
-    ptx::setmaxnreg_inc<240>();
+    ptx::setmaxnreg_inc<Registers::kTokens>();
     TokenSide<T, kN>(args, s, task).run();
   }
 #endif
@@ -131,7 +132,7 @@ int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
     using T = decltype(element);
     using Smem = ChunkScanBackwardSmem<T, n()>;
     static_assert(sizeof(Smem) <= 227 * 1024, "shared memory of one block");
-    const LaunchShape at{dim3(2 * args.chunks, args.g * args.slices), kScanThreads, sizeof(Smem),
+    const LaunchShape at{dim3(args.chunks, args.g, 2 * args.slices), kScanThreads, sizeof(Smem),
                          true, BlockTile{kBlock, kHeadDim, n(), kTokenStages}};
     return launch(chunk_scan_backward_kernel<T, n()>, at, stream, args);
   });

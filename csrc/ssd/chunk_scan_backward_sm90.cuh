@@ -5,9 +5,9 @@
 namespace mamba2::ssd::sm90 {
 
 constexpr int kTokenStages = 3, kStateStages = 2, kResultStages = 2;
-constexpr int kScanConsumers = 2 * tile::kWarpgroup;
+constexpr int kScanConsumers = 3 * tile::kWarpgroup;
 constexpr int kScanThreads = kScanConsumers + tile::kWarpgroup;
-constexpr int kConsumerWarps = kScanConsumers / 32;
+constexpr int kSideWarps = tile::kWarpgroup / 32, kConsumerWarps = kScanConsumers / 32;
 constexpr int kFinishWarps = 3;  // of the producer's warpgroup
 
 // Where the i-th head of a task lies in a ring.
@@ -38,12 +38,12 @@ struct alignas(1024) StateStage {
   T G[kHeadDim * kN];
 };
 
-// What the two consumers leave of one head for the finishing side; dx is apart.
+// What the consumers leave of one head for the finishing side; dx is apart.
 struct HeadResults {
   float E[kBlock];
-  float F[kBlock];         // F_j / delta_j
-  float V[kBlock];         // sum_{i>j} V_ij
-  float Q[kBlock];         // the same times delta_j
+  float F[2][kBlock];      // F_j / delta_j, by token side
+  float V[2][kBlock];      // sum_{i>j} V_ij, by token side
+  float delta[kBlock];     // delta_j
   float diagonal[kBlock];  // V_jj
   float R[2][4][kBlock];   // own and later columns, by warp
   float dy_x[kBlock];      // dy_j . x_j
@@ -56,37 +56,52 @@ template <class T, int kN>
 struct alignas(1024) ChunkScanBackwardSmem {
   TokenStage<T> tokens[kTokenStages];
   StateStage<T, kN> states[kStateStages];
-  T B[kBlock * kN];                   // own tokens: panels [token][64 n]
-  T C[kBlock * kN];                   // own tokens
-  float4 BC[2][8][tile::kWarpgroup];  // (C B^T)^T, an accumulator: [element / 4][thread]
-  T dx[kBlock * kHeadDim];            // [token][p]
+  T B[kBlock * kN];         // own tokens: panels [token][64 n]
+  T C[kBlock * kN];         // own tokens
+  T dx[kBlock * kHeadDim];  // [token][p]
+  // (C B^T)^T of the later block's tokens, accumulators: [side][element / 4][thread].
+  float4 BC_later[2][4][tile::kWarpgroup];
+  // L o C B^T on its way from one token side to the other, fragments: [side][register / 4][thread].
+  uint4 m[2][2][2][tile::kWarpgroup];
   HeadResults results[kResultStages];
   tile::Ring<kTokenStages> tokens_ring;
   tile::Ring<kStateStages> states_ring;
   tile::Ring<kResultStages> results_ring;
   ptx::Mbarrier group_full;  // B and C are in
-  ptx::Mbarrier consumers;   // both consumers have come
+  ptx::Mbarrier consumers;   // all consumers have come
 
   // C of the later tokens: until C B^T takes its place, and again after the last head, in the ring
   // of states.
-  MAMBA2_DEVICE T* later_C() { return reinterpret_cast<T*>(BC[1]); }
+  MAMBA2_DEVICE T* later_C() { return reinterpret_cast<T*>(BC_later); }
   MAMBA2_DEVICE T* later_C_again(int heads) { return states[StateSlot(heads).stage].S; }
 };
 
 // A target is a block of tokens i: the own one, or (in the earlier block) the later one.
 enum Target { kOwn = 0, kLater = 1 };
-enum ScanBarriers { kTokenSideBarrier = 1, kStateSideBarrier, kFinishBarrier };
+enum ScanBarriers {
+  kTokenSidesBarrier = 1,
+  kStateSideBarrier,
+  kFinishBarrier,
+  kExchangeBarriers  // 4: by warp
+};
+
+// Registers a thread of each side; together 512, the share of a thread of each of four warpgroups.
+template <int kN>
+struct ScanRegisters {
+  static constexpr int kState = kN > 64 ? 200 : 152, kTokens = kN > 64 ? 136 : 160;
+  static constexpr int kOthers = 40;
+};
 
 // Which tokens and heads a block works on.
 struct ScanTask {
   int i_chunk, block, group, slice, first_head, heads;
   Chunk chunk;
   MAMBA2_DEVICE explicit ScanTask(const BackwardArgs& args)
-      : i_chunk(blockIdx.x / 2),
-        block(blockIdx.x % 2),
-        group(blockIdx.y / args.slices),
-        slice(blockIdx.y % args.slices),
-        chunk(args.chunking.at(blockIdx.x / 2)) {
+      : i_chunk(blockIdx.x),
+        block(int(blockIdx.z) >= args.slices),
+        group(blockIdx.y),
+        slice(blockIdx.z - block * args.slices),
+        chunk(args.chunking.at(blockIdx.x)) {
     const int skipped = slice * args.heads_per_slice;
     first_head = group * args.heads_per_group() + skipped;
     heads = min(args.heads_per_slice, args.heads_per_group() - skipped);
@@ -99,12 +114,11 @@ struct ScanTask {
   }
 };
 
-// Row by row, a fragment times an accumulator of the same shape: this lane's part of the sum.
-template <class T>
-MAMBA2_DEVICE void row_dots(float (&sum)[2], const uint32_t (&a)[16], const float (&d)[32]) {
-  sum[0] = sum[1] = 0;
+// Row by row, a fragment times an accumulator of the same shape: adds this lane's part of the sum.
+template <class T, int kPairs>
+MAMBA2_DEVICE void add_row_dots(float (&sum)[2], const uint32_t (&a)[kPairs], const float* d) {
   MAMBA2_UNROLL
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kPairs; ++i) {
     const float2 v = unpack2<T>(a[i]);
     sum[i & 1] += v.x * d[2 * i];
     sum[i & 1] += v.y * d[2 * i + 1];
@@ -116,8 +130,8 @@ MAMBA2_DEVICE float row_sum(float v) {
   return v + __shfl_xor_sync(kAllLanes, v, 2);
 }
 // Lanes `bit` apart share out 2 kWidth columns: each keeps half of them, both parts added up.
-template <int kWidth>
-MAMBA2_DEVICE void share_columns(float (&v)[16], int lane, int bit) {
+template <int kWidth, int kAll>
+MAMBA2_DEVICE void share_columns(float (&v)[kAll], int lane, int bit) {
   const bool upper = lane & bit;
   MAMBA2_UNROLL
   for (int i = 0; i < kWidth; ++i) {
@@ -135,7 +149,15 @@ MAMBA2_DEVICE void column_sums(float (&v)[16], float* sums, int lane) {
   *reinterpret_cast<float2*>(sums + 2 * lane) = float2{v[0], v[1]};
 }
 
-// What both consumer warpgroups have and do.
+// The same of every second 8 columns: 8 values, to `sums` of the first of them on.
+MAMBA2_DEVICE void alternate_column_sums(float (&v)[8], float* sums, int lane) {
+  share_columns<4>(v, lane, 16);
+  share_columns<2>(v, lane, 8);
+  share_columns<1>(v, lane, 4);
+  sums[16 * (lane >> 3) + 2 * (lane & 3) + (lane >> 2 & 1)] = v[0];
+}
+
+// What all consumer warpgroups have and do.
 template <class T, int kN>
 struct ScanConsumer {
   const BackwardArgs& args;
@@ -149,8 +171,8 @@ struct ScanConsumer {
                              const ScanTask& task)
       : args(args), s(s), task(task), thread(threadIdx.x % tile::kWarpgroup), me(threadIdx.x) {}
 
-  // Waits for the other consumer.
-  MAMBA2_DEVICE void both() {
+  // Waits for the other consumers.
+  MAMBA2_DEVICE void all() {
     arrive_warp(&s.consumers, me.lane);
     ptx::mbarrier_wait(&s.consumers, consumers_phase);
     consumers_phase ^= 1;
@@ -160,9 +182,10 @@ struct ScanConsumer {
     const int64_t i = (int64_t(task.slice) * args.chunks + task.i_chunk) * args.g + task.group;
     return array + (i * rows + first_row) * kN;
   }
-  MAMBA2_DEVICE void store(float* rows, const float (&d)[kN / 2]) const {
+  template <int kElements>
+  MAMBA2_DEVICE void store(float* rows, const float (&d)[kElements]) const {
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; e += 2)
+    for (int e = 0; e < kElements; e += 2)
       *reinterpret_cast<float2*>(rows + me.row((e >> 1) & 1) * kN + me.column(e / 4)) =
           float2{d[e], d[e + 1]};
   }
@@ -171,7 +194,7 @@ struct ScanConsumer {
     for (int panel = 0; panel < kColumns / 64; ++panel)
       tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, thread, threads);
   }
-  // By both consumers.
+  // By all consumers.
   template <int kColumns>
   MAMBA2_DEVICE void clear(T* tile, int count) const {
     clear<kColumns>(tile, count, threadIdx.x, kScanConsumers);
@@ -184,7 +207,7 @@ struct ScanConsumer {
     clear<kN>(s.C, task.own_of(valid));
     if (task.block == 0) clear<kN>(s.later_C(), max(0, valid - kBlock));
     ptx::fence_proxy_async_shared();
-    both();
+    all();
   }
   // The tokens of the i-th head of the task.
   MAMBA2_DEVICE const TokenStage<T>& wait_tokens(int i) {
@@ -197,29 +220,13 @@ struct ScanConsumer {
     clear<kHeadDim>(stage.dy[0], task.own_of(valid));
     if (task.block == 0) clear<kHeadDim>(stage.dy[1], max(0, valid - kBlock));
     ptx::fence_proxy_async_shared();
-    both();
+    all();
     return stage;
   }
   MAMBA2_DEVICE const StateStage<T, kN>& wait_states(int i) const {
     const StateSlot slot(i);
     ptx::mbarrier_wait(&s.states_ring.full[slot.stage], slot.phase);
     return s.states[slot.stage];
-  }
-  // With two passes: the first leaves its dx (64, 64), the second adds that to its own.
-  MAMBA2_DEVICE void pass_on(float (&dx)[32], int i) const {
-    const int64_t block = int64_t(task.i_chunk) * 2 + task.block;
-    const int64_t head = block * args.h + task.first_head + i;
-    float4* sum = reinterpret_cast<float4*>(args.dx_sum + head * (kBlock * kHeadDim)) + thread;
-    MAMBA2_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      float* d = dx + 4 * k;
-      if (args.last_pass) {
-        const float4 v = sum[k * tile::kWarpgroup];
-        d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
-      } else {
-        sum[k * tile::kWarpgroup] = make_float4(d[0], d[1], d[2], d[3]);
-      }
-    }
   }
   // dCB, summed over heads and rounded, transposed ([j][i]); no token is read by then.
   MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.tokens[0].dy[0] : s.tokens[0].x; }

@@ -18,20 +18,38 @@ struct StateSide : ScanConsumer<T, kN> {
   float dC[kN / 2], dB[kN / 2];
 
   MAMBA2_DEVICE void sum_dD(const TokenStage<T>& stage, HeadResults& results) {
-    uint32_t dy[16], x[16];
-    tile::load_fragments<4>(dy, stage.dy[0], me);
-    tile::load_fragments<4>(x, stage.x, me);
     float columns[16];
     MAMBA2_UNROLL
-    for (int i = 0; i < 16; i += 2) {
-      const float2 x0 = unpack2<T>(x[i]), x1 = unpack2<T>(x[i + 1]);
-      const float2 dy0 = unpack2<T>(dy[i]), dy1 = unpack2<T>(dy[i + 1]);
-      columns[i] = x0.x * dy0.x + x1.x * dy1.x;
-      columns[i + 1] = x0.y * dy0.y + x1.y * dy1.y;
+    for (int step = 0; step < 4; ++step) {
+      uint32_t dy[4], x[4];
+      tile::load_fragment(dy, stage.dy[0], step, me);
+      tile::load_fragment(x, stage.x, step, me);
+      MAMBA2_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        const float2 x0 = unpack2<T>(x[i]), x1 = unpack2<T>(x[i + 1]);
+        const float2 dy0 = unpack2<T>(dy[i]), dy1 = unpack2<T>(dy[i + 1]);
+        columns[4 * step + i] = x0.x * dy0.x + x1.x * dy1.x;
+        columns[4 * step + i + 1] = x0.y * dy0.y + x1.y * dy1.y;
+      }
     }
     column_sums(columns, results.dD[me.warp], me.lane);
   }
 
+  // S C_i, (token, p): issued.
+  MAMBA2_DEVICE void multiply_state(float (&SC)[32], const StateStage<T, kN>& states) {
+    ptx::wgmma_fence_operand(SC);
+    ptx::wgmma_fence();
+    tile::product_ss<T, kHeadDim, kN / 16>(SC, tile::KMajor<kBlock>{s.C},
+                                           tile::KMajor<kHeadDim>{states.S}, false);
+    ptx::wgmma_commit_group();
+  }
+  // d += a S or a G, of rows weighed: issued.
+  MAMBA2_DEVICE void multiply_rows(float (&d)[kN / 2], const uint32_t (&a)[16], const T* states) {
+    ptx::wgmma_fence_operand(d);
+    ptx::wgmma_fence();
+    tile::product_rs<T, kN, 4>(d, a, tile::MnMajor<kHeadDim>{states}, true);
+    ptx::wgmma_commit_group();
+  }
   MAMBA2_DEVICE void head(const TokenStage<T>& stage, const StateStage<T, kN>& states,
                           HeadResults& results) {
     const float* a_log2 = stage.a_log2 + task.block * kBlock;
@@ -43,38 +61,37 @@ struct StateSide : ScanConsumer<T, kN> {
       from_state[half] = ptx::ex2(a_log2[row]);
       to_state[half] = ptx::ex2(stage.a_log2[kBackwardQ - 1] - a_log2[row]) * delta[row];
     }
-    float SC[32];  // (token, p): S C_i
-    ptx::wgmma_fence_operand(SC);
-    ptx::wgmma_fence();
-    tile::product_ss<T, kHeadDim, kN / 16>(SC, tile::KMajor<kBlock>{s.C},
-                                           tile::KMajor<kHeadDim>{states.S}, false);
-    ptx::wgmma_commit_group();
     if (args.D_per_channel) sum_dD(stage, results);
+    if (thread == 0) results.through = ptx::ex2(stage.a_log2[kBackwardQ - 1]);
+    float E[2] = {};
+    {
+      float SC[32];
+      multiply_state(SC, states);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(SC);
+      MAMBA2_UNROLL
+      for (int step = 0; step < 4; ++step) {  // of 16 channels: registers are short
+        uint32_t dy[4];
+        tile::load_fragment(dy, stage.dy[0], step, me);
+        add_row_dots<T, 4>(E, dy, SC + 8 * step);
+      }
+    }
     uint32_t dy[16], x[16];
     tile::load_fragments<4>(dy, stage.dy[0], me);
+    scale_rows<T>(dy, from_state);
+    multiply_rows(dC, dy, states.S);
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(dC);
     tile::load_fragments<4>(x, stage.x, me);
-    scale_rows<T>(dy, dy, from_state);
-    scale_rows<T>(x, x, to_state);
-    ptx::wgmma_fence_operand(dC);
-    ptx::wgmma_fence_operand(dB);
-    ptx::wgmma_fence();
-    tile::product_rs<T, kN, 4>(dC, dy, tile::MnMajor<kHeadDim>{states.S}, true);
-    ptx::wgmma_commit_group();
-    tile::product_rs<T, kN, 4>(dB, x, tile::MnMajor<kHeadDim>{states.G}, true);
-    ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<1>();
-    ptx::wgmma_fence_operand(SC);
-    ptx::wgmma_fence_operand(dC);
-    tile::load_fragments<4>(dy, stage.dy[0], me);  // again, not kept: registers are short
-    float E[2];
-    row_dots<T>(E, dy, SC);
+    scale_rows<T>(x, to_state);
+    multiply_rows(dB, x, states.G);
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float sum = row_sum(E[half]) * from_state[half];
       if (me.lane % 4 == 0) results.E[me.row(half)] = sum;
     }
-    if (thread == 0) results.through = ptx::ex2(stage.a_log2[kBackwardQ - 1]);
     ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(dC);
     ptx::wgmma_fence_operand(dB);
   }
 
@@ -92,8 +109,8 @@ struct StateSide : ScanConsumer<T, kN> {
       arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
       arrive_warp(&s.tokens_ring.empty[TokenSlot(i).stage], me.lane);
     }
-    this->both();  // no token is read any more
-    this->both();  // the token side has written dCB
+    this->all();  // no token is read any more
+    this->all();  // the token sides have written dCB
     uint32_t a[16];
     tile::load_transposed<4>(a, this->dCB_panel(0), me);
     add_product<T, kN>(dC, a, tile::MnMajor<kBlock>{s.B});

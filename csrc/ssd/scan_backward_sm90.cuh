@@ -112,15 +112,21 @@ MAMBA2_DEVICE void arrive_warp(ptx::Mbarrier* barrier, int lane) {
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(barrier);
 }
-// A fragment's rows times their weights: register i holds row 8 (i & 1).
+// A fragment's rows times their weights: register i holds row 8 (i & 1). A weight is split in two
+// elements of T, so that two instructions do for two elements; what is lost is far below a
+// rounding.
 template <class T>
-MAMBA2_DEVICE void scale_rows(uint32_t (&out)[16], const uint32_t (&a)[16],
-                              const float (&weight)[2]) {
+MAMBA2_DEVICE void scale_rows(uint32_t (&a)[16], const float (&weight)[2]) {
+  uint32_t most[2], rest[2];
   MAMBA2_UNROLL
-  for (int i = 0; i < 16; ++i) {
-    const float2 v = unpack2<T>(a[i]);
-    out[i] = pack2<T>(v.x * weight[i & 1], v.y * weight[i & 1]);
+  for (int half = 0; half < 2; ++half) {
+    most[half] = pack2<T>(weight[half], weight[half]);
+    const float lost = weight[half] - unpack2<T>(most[half]).x;
+    rest[half] = pack2<T>(lost, lost);
   }
+  MAMBA2_UNROLL
+  for (int i = 0; i < 16; ++i)
+    a[i] = ptx::fma_rn_x2<T>(a[i], most[i & 1], ptx::fma_rn_x2<T>(a[i], rest[i & 1], 0));
 }
 
 }  // namespace mamba2::ssd::sm90

@@ -51,24 +51,28 @@ MAMBA2_DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
   return (descriptor >> 32 << 32) | low;
 }
+// Of every kSpacing groups of 8 rows an operand takes one: 2 gives every second group, from the one
+// that `tile` points at.
+//
 // [mn][k]: k contiguous. kPanelRows rows of M or N; panels of 64 k.
-template <int kPanelRows>
+template <int kPanelRows, int kSpacing = 1>
 struct KMajor {
   static constexpr bool kTranspose = false;
   const void* tile;
   MAMBA2_DEVICE uint64_t at(int k_step) const {
-    return advance(ptx::wgmma_descriptor(tile, 16, kSwizzleAtomBytes),
+    return advance(ptx::wgmma_descriptor(tile, 16, kSpacing * kSwizzleAtomBytes),
                    k_step / 4 * panel_bytes<kPanelRows>() + k_step % 4 * 32);
   }
 };
 // [k][mn]: mn contiguous. kPanelRows rows of k; panels of 64 mn.
-template <int kPanelRows>
+template <int kPanelRows, int kSpacing = 1>
 struct MnMajor {
   static constexpr bool kTranspose = true;
   const void* tile;
   MAMBA2_DEVICE uint64_t at(int k_step) const {
-    return advance(ptx::wgmma_descriptor(tile, panel_bytes<kPanelRows>(), kSwizzleAtomBytes),
-                   k_step * 2 * kSwizzleAtomBytes);
+    constexpr uint32_t kGroup = kSpacing * kSwizzleAtomBytes;
+    return advance(ptx::wgmma_descriptor(tile, panel_bytes<kPanelRows>(), kGroup),
+                   k_step * 2 * kGroup);
   }
 };
 
@@ -120,23 +124,31 @@ MAMBA2_DEVICE void store_fragments_transposed(void* panel, const uint32_t (&a)[4
     ptx::stmatrix_x4_trans(panel_address(panel, 16 * s + k, m), a[4 * s], a[4 * s + 1],
                            a[4 * s + 2], a[4 * s + 3]);
 }
-// A panel holds a tile [m][k] (k contiguous): its A fragments.
+// A panel holds a tile [m][k] (k contiguous): its A fragments, one k step or several.
+MAMBA2_DEVICE void load_fragment(uint32_t (&a)[4], const void* panel, int step, const Lane& me) {
+  const int row = 16 * me.warp + (me.lane & 15), column = 16 * step + (me.lane >> 4) * 8;
+  ptx::ldmatrix_x4(a, panel_address(panel, row, column));
+}
 template <int kSteps>
 MAMBA2_DEVICE void load_fragments(uint32_t (&a)[4 * kSteps], const void* panel, const Lane& me) {
   MAMBA2_UNROLL
   for (int s = 0; s < kSteps; ++s) {
     uint32_t r[4];
-    ptx::ldmatrix_x4(
-        r, panel_address(panel, 16 * me.warp + (me.lane & 15), 16 * s + (me.lane >> 4) * 8));
+    load_fragment(r, panel, s, me);
     MAMBA2_UNROLL
     for (int i = 0; i < 4; ++i) a[4 * s + i] = r[i];
   }
 }
-// One k step (16 columns) of a fragment into a panel [m][k].
+// One k step (16 columns) of a fragment into a panel [m][k]: its left 8 columns from `left` on, its
+// right ones `apart` further.
+MAMBA2_DEVICE void store_columns(void* panel, const uint32_t (&r)[4], int left, int apart,
+                                 const Lane& me) {
+  const int row = 16 * me.warp + (me.lane & 15), column = left + (me.lane >> 4) * apart;
+  ptx::stmatrix_x4(panel_address(panel, row, column), r[0], r[1], r[2], r[3]);
+}
+// The same, adjacent.
 MAMBA2_DEVICE void store_fragment(void* panel, const uint32_t (&r)[4], int step, const Lane& me) {
-  ptx::stmatrix_x4(
-      panel_address(panel, 16 * me.warp + (me.lane & 15), 16 * step + (me.lane >> 4) * 8), r[0],
-      r[1], r[2], r[3]);
+  store_columns(panel, r, 16 * step, 8, me);
 }
 // An accumulator as A fragments of the next product.
 template <class T, int kPairs>
