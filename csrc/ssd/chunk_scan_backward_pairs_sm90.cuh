@@ -141,7 +141,7 @@ struct TokenPairs : ScanConsumer<T, kN> {
     float before = 0;  // decay of the runs before
     MAMBA2_UNROLL
     for (int k = 0; k < kGroups; ++k) {
-      __syncwarp();  // keeps the compiler from loading all groups' C B^T at once: registers
+      if (kN > 64) __syncwarp();  // no loads of all groups' C B^T at once: registers
       const float2 a2 = *reinterpret_cast<const float2*>(a_run_log2 + me.column(group(k)));
       const float decay[2] = {ptx::ex2(a2.x + before), ptx::ex2(a2.y + before)};
       float L[4], V[4];

@@ -92,24 +92,30 @@ struct TokenSide : TokenPairs<T, kN> {
   }
 
   // ---- a head ----
-  // G B_j becomes 2^(a_q - a_j) G B_j; its product with x_j is F_j / delta_j.
-  MAMBA2_DEVICE void weigh_state(const TokenStage<T>& stage, float (&GB)[16], const Rows& rows,
-                                 float (&F)[2]) const {
-    float rest = 0, to_state[2];  // from the own block's end to the chunk's
+  // This side's channels of x_j or dy_j.
+  MAMBA2_DEVICE void load_channels(uint32_t (&a)[2][4], const T* tile) const {
+    MAMBA2_UNROLL
+    for (int step = 0; step < 2; ++step) tile::load_fragment(a[step], tile, 2 * side + step, me);
+  }
+  // Log2 decay from the own block's end to the chunk's.
+  MAMBA2_DEVICE float rest_of_chunk(const TokenStage<T>& stage) const {
+    float rest = 0;
     if (earlier()) {
       MAMBA2_UNROLL
       for (int run = 4; run < 8; ++run) rest += run_decay(stage.a_run_log2, run);
     }
+    return rest;
+  }
+  // G B_j becomes 2^(a_q - a_j) G B_j; its product with x_j is F_j / delta_j.
+  MAMBA2_DEVICE static void weigh_state(float (&GB)[16], float (&F)[2], const uint32_t (&x)[2][4],
+                                        float rest, const Rows& rows) {
+    float to_state[2];
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) to_state[half] = ptx::ex2(rest - rows.a_log2[half]);
     MAMBA2_UNROLL
     for (int e = 0; e < 16; ++e) GB[e] *= to_state[(e >> 1) & 1];
     MAMBA2_UNROLL
-    for (int step = 0; step < 2; ++step) {
-      uint32_t x[4];
-      tile::load_fragment(x, stage.x, 2 * side + step, me);
-      add_row_dots<T, 4>(F, x, GB + 8 * step);
-    }
+    for (int step = 0; step < 2; ++step) add_row_dots<T, 4>(F, x[step], GB + 8 * step);
   }
   // With two passes: the first leaves its dx (64, 64), the second adds that to its own.
   MAMBA2_DEVICE void pass_on(float (&dx)[16], int i) const {
@@ -127,10 +133,6 @@ struct TokenSide : TokenPairs<T, kN> {
         sum[k * tile::kWarpgroup] = make_float4(d[0], d[1], d[2], d[3]);
       }
     }
-  }
-  MAMBA2_DEVICE void load_dy(uint32_t (&dy)[2][4], const TokenStage<T>& stage) const {
-    for (int step = 0; step < 2; ++step)
-      tile::load_fragment(dy[step], stage.dy[0], 2 * side + step, me);
   }
   // This lane's part of dx, complete and rounded, and of the sums over its rows: to shared memory.
   MAMBA2_DEVICE void leave(const TokenStage<T>& stage, const float (&dx)[16], const Rows& rows,
@@ -182,6 +184,9 @@ struct TokenSide : TokenPairs<T, kN> {
     float columns[2 * kGroups], F[2] = {};
     this->weigh_own(m, rows, columns, results, a_log2, a_run_log2);
     give(m);
+    uint32_t x[2][4], dy[2][4];
+    load_channels(x, stage.x);
+    const float rest = rest_of_chunk(stage);
     if (earlier())
       multiply_tokens(stage, kLater);
     else
@@ -189,7 +194,7 @@ struct TokenSide : TokenPairs<T, kN> {
     ptx::wgmma_wait_group<1>();
     ptx::wgmma_fence_operand(dx);
     arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
-    weigh_state(stage, dx, rows, F);
+    weigh_state(dx, F, x, rest, rows);
     take(other);
     multiply_weights(dx, m, other, stage.dy[kOwn]);
     this->leave_columns(columns, results, kOwn);
@@ -200,15 +205,16 @@ struct TokenSide : TokenPairs<T, kN> {
       this->weigh_later(m, rows, columns, a_run_log2 + kBlock);
       give(m);
       this->leave_columns(columns, results, kLater);
+      load_channels(dy, stage.dy[kOwn]);
       take(other);
       multiply_weights(dx, m, other, stage.dy[kLater]);
       multiply_next(i);
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_fence_operand(dx);
+    } else {
+      load_channels(dy, stage.dy[kOwn]);
     }
     if (args.dx_sum) pass_on(dx, i);
-    uint32_t dy[2][4];
-    load_dy(dy, stage);
     leave(stage, dx, rows, F, dy, results, i);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
