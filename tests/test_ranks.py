@@ -1,6 +1,6 @@
 """What ranks share is what one rank has: a mixer's result, gradients and steps; a sequence's scan.
 
-Ranks are two processes on the CPU, by gloo, or two GPUs, by nccl.
+Ranks are processes on the CPU, by gloo, or GPUs, by nccl.
 """
 
 from dataclasses import replace
@@ -20,26 +20,32 @@ RANKS = 2
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
-def as_one_of_two(rank, device, meeting, task):
-    """Run by each rank; an assertion that fails ends both."""
+def as_one_of_them(rank, ranks, device, meeting, task):
+    """Run by each rank; an assertion that fails ends all."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
     method = f"file://{meeting}"
-    dist.init_process_group(BACKENDS[device], init_method=method, rank=rank, world_size=RANKS)
+    dist.init_process_group(BACKENDS[device], init_method=method, rank=rank, world_size=ranks)
     task(rank, device)
     dist.destroy_process_group()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def ranks(request, tmp_path):
-    """A function that runs a task(rank, device) on each of two ranks."""
+    """A function that runs a task(rank, device) on each of so many ranks, or of all GPUs if they
+    are fewer, but at least two."""
     device = request.param
     if device == "cuda" and torch.cuda.device_count() < RANKS:
         pytest.skip("fewer than two CUDA devices on this machine")
     if not dist.is_backend_available(BACKENDS[device]):
         pytest.skip(f"this torch has no {BACKENDS[device]}")
-    return lambda task: mp.spawn(as_one_of_two, (device, tmp_path / "meeting", task), nprocs=RANKS)
+
+    def run(task, count):
+        count = count if device == "cpu" else min(count, torch.cuda.device_count())
+        mp.spawn(as_one_of_them, (count, device, tmp_path / "meeting", task), nprocs=count)
+
+    return run
 
 
 # ---- a mixer
@@ -95,7 +101,7 @@ def share_mixers(rank, device):
 
 
 def test_a_shared_mixer_is_a_whole_one(ranks):
-    ranks(share_mixers)
+    ranks(share_mixers, RANKS)
 
 
 def test_what_ranks_cannot_share_is_refused(monkeypatch):
@@ -130,7 +136,9 @@ def share_sequences(rank, device):
 def share_sequence(rank, case, device, name):
     """A rank rounds gradients twice where the whole scan does once: each operator its own."""
     inputs, (dy, _) = make_inputs(case, device), make_gradients(case, device)
-    tokens = slice(0, case.l // 2 + 7) if rank == 0 else slice(case.l // 2 + 7, case.l)
+    ranks = dist.get_world_size()
+    ends = [case.l * i // ranks + 7 * (0 < i < ranks) for i in range(ranks + 1)]
+    tokens = slice(ends[rank], ends[rank + 1])
     mine = {k: v[:, tokens] if k in OF_TOKENS else v for k, v in inputs.items()}
     leaves = leaves_of(mine)
     y = scan_shared_sequence(**{**mine, **leaves}, group=dist.group.WORLD)
@@ -152,4 +160,4 @@ def share_sequence(rank, case, device, name):
 
 
 def test_a_shared_sequence_is_a_whole_one(ranks):
-    ranks(share_sequences)
+    ranks(share_sequences, 3)  # from the third on, a decay's gradient goes through another rank
