@@ -85,8 +85,15 @@ struct FinishingSide {
     if (task.block == 0)
       args.later_rows[index * kBackwardQ + kBlock + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
     const int64_t block = int64_t(task.i_chunk) * 2 + task.block;
-    args.dD_blocks[(block * args.h + head) * kHeadDim + i] =
-        args.D_per_channel ? dD[0][i] + dD[1][i] + dD[2][i] + dD[3][i] : results.dy_x[i];
+    float* out = args.dD_blocks + (block * args.h + head) * args.dD_parts();
+    if (args.D_per_channel) {
+      out[i] = dD[0][i] + dD[1][i] + dD[2][i] + dD[3][i];
+      return;
+    }
+    if (i % kDRun > 0) return;
+    const float4* dy_x = reinterpret_cast<const float4*>(results.dy_x + i);
+    const float4 u = dy_x[0], v = dy_x[1];
+    out[i / kDRun] = u.x + u.y + u.z + u.w + v.x + v.y + v.z + v.w;
   }
 
   MAMBA2_DEVICE void run() {

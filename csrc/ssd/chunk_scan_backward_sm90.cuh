@@ -39,7 +39,7 @@ struct alignas(1024) StateStage {
 };
 
 // What the consumers leave of one head for the finishing side; dx is apart.
-struct HeadResults {
+struct alignas(16) HeadResults {
   float E[kBlock];
   float F[2][kBlock];      // F_j / delta_j, by token side
   float V[2][kBlock];      // sum_{i>j} V_ij, by token side
@@ -188,6 +188,24 @@ struct ScanConsumer {
     for (int e = 0; e < kElements; e += 2)
       *reinterpret_cast<float2*>(rows + me.row((e >> 1) & 1) * kN + me.column(e / 4)) =
           float2{d[e], d[e + 1]};
+  }
+  // The block's own tokens of a (b, l, g, n) output, rounded. The chunk is looked up anew: kept, it
+  // would cost registers.
+  MAMBA2_DEVICE void round(const StridedOut& out, const float (&d)[kN / 2]) const {
+    const Chunk chunk = args.chunking.at(task.i_chunk);
+    const int first = task.block * kBlock;
+    MAMBA2_NO_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = first + tile::Lane(threadIdx.x).row(half);
+      T* to = static_cast<T*>(out.ptr) + chunk.row * out.b + (chunk.token + row) * out.l +
+              task.group * out.h + tile::Lane(threadIdx.x).column(0);
+      MAMBA2_UNROLL
+      for (int k = 0; k < kN / 8; ++k) {
+        const uint32_t pair =
+            half ? pack2<T>(d[4 * k + 2], d[4 * k + 3]) : pack2<T>(d[4 * k], d[4 * k + 1]);
+        if (row < chunk.count) *reinterpret_cast<uint32_t*>(to + 8 * k) = pair;
+      }
+    }
   }
   template <int kColumns>
   MAMBA2_DEVICE void clear(T* tile, int count, int thread, int threads) const {

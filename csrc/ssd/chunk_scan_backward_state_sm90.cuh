@@ -127,8 +127,15 @@ struct StateSide : ScanConsumer<T, kN> {
       tile::load_fragments<4>(a, this->dCB_panel(1), me);
       add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{later_C});
     }
-    this->store(this->slice(args.dB_slices, kBackwardQ, task.block * kBlock), dB);
-    this->store(this->slice(args.dC_slices, kBackwardQ, task.block * kBlock), dC);
+    if (args.single_slice())
+      this->round(args.dB, dB);
+    else
+      this->store(this->slice(args.dB_slices, kBackwardQ, task.block * kBlock), dB);
+    const int first = task.block * kBlock - args.dC_first();
+    if (first < 0)
+      this->round(args.dC, dC);
+    else
+      this->store(this->slice(args.dC_slices, kBackwardQ - args.dC_first(), first), dC);
   }
 };
 

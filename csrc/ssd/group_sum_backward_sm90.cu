@@ -1,6 +1,6 @@
 // group_sum (sm_90a backward): dB and dC of a chunk, added up over the slices of the group's heads
-// in their order and rounded; dD of a chunk, added up over its blocks of tokens (or the tokens
-// themselves).
+// in their order and rounded (of a single slice, only dC of the later block is left to add); dD of
+// a chunk, added up over its blocks of tokens.
 //
 // grid: (chunks, groups, and one more row for dD). Bound by HBM: 2 fp32 arrays (slices, tokens, g,
 // n) read, dB and dC written.
@@ -29,22 +29,23 @@ MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk) {
   const int group = blockIdx.y, n = args.n;
   const int64_t groups = int64_t(args.chunks) * args.g;
   const int64_t here = int64_t(blockIdx.x) * args.g + group;
-  for (int i = threadIdx.x * 4; i < chunk.count * n; i += kThreads * 4) {
+  const int first = args.dC_first() * n;
+  for (int i = first + threadIdx.x * 4; i < chunk.count * n; i += kThreads * 4) {
     const int row = i / n;
     float4 dB{}, dC{};
     for (int slice = 0; slice < args.slices; ++slice) {
       const int64_t at = slice * groups + here;
-      add(dB, args.dB_slices + at * kBackwardQ * n + i);
-      add(dC, args.dC_slices + at * kBackwardQ * n + i);
+      if (!args.single_slice()) add(dB, args.dB_slices + at * kBackwardQ * n + i);
+      add(dC, args.dC_slices + at * (kBackwardQ * n - first) + i - first);
       if (row >= kBlock) add(dC, args.dC_later + at * kBlock * n + i - kBlock * n);
     }
-    store<T>(args.dB, chunk, row, group, i % n, dB);
+    if (!args.single_slice()) store<T>(args.dB, chunk, row, group, i % n, dB);
     store<T>(args.dC, chunk, row, group, i % n, dC);
   }
 }
 
 MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
-  const int64_t width = int64_t(args.h) * kHeadDim;
+  const int64_t width = int64_t(args.h) * args.dD_parts();
   const float* blocks = args.dD_blocks + blockIdx.x * 2 * width;
   if (args.D_per_channel) {
     const int channels = args.tensor_h * args.p;
@@ -54,16 +55,12 @@ MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
     }
     return;
   }
-  // A warp adds up a head of the tensors: the tokens' dy_t . x_t over all of its 64 channels.
-  const int lane = threadIdx.x % 32, tokens = args.splits * kHeadDim;
-  for (int head = threadIdx.x / 32; head < args.tensor_h; head += kThreads / 32) {
+  const int parts = args.splits * kDParts;  // of one head of the tensors
+  for (int head = threadIdx.x; head < args.tensor_h; head += kThreads) {
     float sum = 0;
-    for (int i = lane; exists && i < tokens; i += 32) {
-      const int at = head * tokens + i;
-      sum += blocks[at] + blocks[width + at];
-    }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (lane == 0) args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = sum;
+    for (int part = head * parts; exists && part < (head + 1) * parts; ++part)
+      sum += blocks[part] + blocks[width + part];
+    args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = sum;
   }
 }
 

@@ -35,6 +35,7 @@ struct Problem {
   bool backward = false;
   bool has_z = false;
   bool save_states = false;
+  bool D_per_channel = false;
 };
 
 struct Plan {

@@ -30,6 +30,8 @@ namespace mamba2::ssd::sm90 {
 constexpr int kBackwardQ = kKeptQ;  // tokens a chunk: twice as many would double the work on U
 constexpr int kBlock = 64;          // tokens a block: M of one wgmma, a box of a tensor map
 constexpr int kHeadDim = 64;        // p of these kernels' heads
+constexpr int kDRun = 8;            // tokens whose dy . x are added up first
+constexpr int kDParts = kBlock / kDRun;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct BackwardArgs {
@@ -63,14 +65,19 @@ struct BackwardArgs {
   float* columns;     // (chunks, h, q)     sum_{i>=j} V_ij
   float* to_state;    // (chunks, h, q)     F_j / delta_j
   float* through;     // (chunks, h)        K
-  float* dD_blocks;   // (chunks, 2, h, 64)  by channel, or by token of the block
-  float* dB_slices;   // (slices, chunks, g, q, n)
-  float* dC_slices;   // (slices, chunks, g, q, n)
+  float* dD_blocks;   // (chunks, 2, h, 64)  by channel, or (chunks, 2, h, 8) parts
+  float* dB_slices;   // (slices, chunks, g, q, n); none when there is one slice
+  float* dC_slices;   // (slices, chunks, g, q - dC_first, n)
   float* dC_later;    // (slices, chunks, g, 64, n): the later block's, from the earlier
   StridedOut dB, dC;  // (b, l, g, n)       T
   float* dD;          // (chunks, tensor_h) or (chunks, tensor_h, p), optional
 
   MAMBA2_HD int heads_per_group() const { return h / g; }
+  // Of a single slice, dB is complete where it is made, and so is dC of the earlier block.
+  MAMBA2_HD bool single_slice() const { return slices == 1; }
+  // The first token of a chunk whose dC group_sum adds up.
+  MAMBA2_HD int dC_first() const { return single_slice() ? kBlock : 0; }
+  MAMBA2_HD int dD_parts() const { return D_per_channel ? kHeadDim : kDParts; }
   MAMBA2_HD int64_t head_at(int64_t chunk, int head) const { return chunk * h + head; }
   // The head of the tensors that one of these heads is of, its first channel there, how many
   // channels it has; and where delta has it.

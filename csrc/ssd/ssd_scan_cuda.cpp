@@ -40,6 +40,7 @@ Problem problem_of(const Inputs& in, bool backward, bool save_states) {
   problem.backward = backward;
   problem.has_z = static_cast<bool>(in.z);
   problem.save_states = save_states;
+  problem.D_per_channel = in.D_per_channel;
   return problem;
 }
 Device device_of(const OnDevice& at) {

@@ -53,6 +53,7 @@ struct Memory {
     const int64_t groups = chunks * shape.g * args->slices * columns_of(shape);
     const int64_t images = heads * kHeadDim * columns_of(shape) * size_of(problem.dtype);
     const int passes = passes_of(shape);
+    const int64_t dD_width = args->D_per_channel ? kHeadDim : 1;
     chunk_table = memory.take(chunking_bytes(shape, kBackwardQ));
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
     delta = memory.take_array<float>(tensor_heads * kBackwardQ);
@@ -65,10 +66,10 @@ struct Memory {
     args->through = memory.take_array<float>(passes * heads);
     if (passes > 1) args->dx_sum = memory.take_array<float>(heads * kBackwardQ * kHeadDim);
     args->D_rows = memory.take_array<float>(int64_t(shape.h) * splits_of(shape) * kHeadDim);
-    args->dD_blocks = memory.take_array<float>(heads * 2 * kHeadDim);
-    dD = memory.take_array<float>(heads * kHeadDim);
-    args->dB_slices = memory.take_array<float>(groups * kBackwardQ);
-    args->dC_slices = memory.take_array<float>(groups * kBackwardQ);
+    args->dD_blocks = memory.take_array<float>(heads * 2 * args->dD_parts());
+    dD = memory.take_array<float>(heads * dD_width);
+    args->dB_slices = memory.take_array<float>(args->single_slice() ? 0 : groups * kBackwardQ);
+    args->dC_slices = memory.take_array<float>(groups * (kBackwardQ - args->dC_first()));
     args->dC_later = memory.take_array<float>(groups * kBlock);
     // With z all passes' S at once, for the gate wants them so.
     args->states = memory.take(problem.save_states ? 0 : images * (problem.has_z ? passes : 1));
@@ -78,7 +79,10 @@ struct Memory {
   }
 };
 
-void set_slices(BackwardArgs* args, const Shape& shape, const Plan& plan, const Device& device) {
+// What decides how much memory there must be.
+void set_sizes(BackwardArgs* args, const Shape& shape, bool D_per_channel, const Plan& plan,
+               const Device& device) {
+  args->D_per_channel = D_per_channel;
   args->heads_per_slice = heads_per_slice(shape, plan, device);
   args->slices = ceil_div(shape.heads_per_group() * splits_of(shape), args->heads_per_slice);
 }
@@ -113,7 +117,6 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->a_cumsum_log2 = memory.a_cumsum_log2;
   args->a_run_log2 = memory.a_run_log2;
   args->D = in.D;
-  args->D_per_channel = in.D_per_channel;
   args->initial_states = in.initial_states;
   args->d_final_states = static_cast<const float*>(params.d_final_states);
   args->d_initial_states = static_cast<float*>(params.d_initial_states);
@@ -199,7 +202,7 @@ int run_pass(const BackwardArgs& args, Sweeps sweeps, DType dtype, void* stream)
 std::size_t backward_workspace_bytes(const Problem& problem, const Plan& plan,
                                      const Device& device) {
   BackwardArgs args{};
-  set_slices(&args, problem.shape, plan, device);
+  set_sizes(&args, problem.shape, problem.D_per_channel, plan, device);
   Workspace counted;
   Memory(problem, &args, counted);
   return counted.bytes();
@@ -210,7 +213,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   const Inputs& in = params.in;
   const Shape& shape = in.shape;
   BackwardArgs args{};
-  set_slices(&args, shape, plan, device);
+  set_sizes(&args, shape, in.D_per_channel, plan, device);
   Workspace carved(workspace);
   Problem sizes;
   sizes.shape = shape;
