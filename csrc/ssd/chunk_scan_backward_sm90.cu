@@ -70,8 +70,11 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     full = &s.tokens_ring.full[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, bytes);
-    ptx::tma_load_4d(stage.x, &args.x, channel, tensor_head, own, chunk.row, full);
-    ptx::tma_load_4d(stage.dy[0], &args.dy, channel, tensor_head, own, chunk.row, full);
+    ptx::tma_load_4d_once(stage.x, &args.x, channel, tensor_head, own, chunk.row, full);
+    if (earlier)  // of the later tokens' dy both blocks have need
+      ptx::tma_load_4d_once(stage.dy[0], &args.dy, channel, tensor_head, own, chunk.row, full);
+    else
+      ptx::tma_load_4d(stage.dy[0], &args.dy, channel, tensor_head, own, chunk.row, full);
     if (earlier)
       ptx::tma_load_4d(stage.dy[1], &args.dy, channel, tensor_head, later, chunk.row, full);
     ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + scalars, kScalars, full);
