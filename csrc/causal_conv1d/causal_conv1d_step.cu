@@ -1,6 +1,6 @@
 // causal_conv1d for the next token, or T of them: a thread takes one channel of a batch entry, its
-// last w - 1 inputs in registers. Grid: (part of the channels of a batch entry). Bound by the
-// latency of one trip to memory: a layer's state is a few hundred kilobytes.
+// last w - 1 inputs in registers. Grid: threads over (b, d). Bound by the latency of one trip to
+// memory: a layer's state is a few hundred kilobytes.
 #include "../core/activations.cuh"
 #include "../core/launch.h"
 #include "causal_conv1d.cuh"
@@ -16,10 +16,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
   using U = accumulator_t<T>;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int parts = ceil_div(params.d, kThreads), part = static_cast<int>(blockIdx.x) % parts;
-  const int64_t i_b = static_cast<int>(blockIdx.x) / parts;
-  const int i_d = part * kThreads + static_cast<int>(threadIdx.x);
-  if (i_d >= params.d) return;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, i_b = i / params.d;
+  const int i_d = static_cast<int>(i % params.d);
+  if (i_b >= params.b) return;
   const int64_t slot = params.state_indices ? params.state_indices[i_b] : i_b;
   const bool padding = slot < 0 || slot >= params.slots;
   T* g_state = static_cast<T*>(params.state) + slot * params.slot_stride + i_d;
@@ -51,7 +50,7 @@ int step(const StepParams& params, void* stream) {
     using T = typename decltype(tag)::type;
     return with_width<T>(params.w, false, [&](auto, auto width, auto) {
       LaunchShape at;
-      at.grid = dim3(static_cast<unsigned>(params.b * ceil_div(params.d, kThreads)));
+      at.grid = dim3(static_cast<unsigned>(ceil_div(params.b * params.d, kThreads)));
       at.threads = kThreads;
       at.programmatic = true;
       return launch(conv_step<T, width()>, at, stream, params);
