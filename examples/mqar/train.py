@@ -79,6 +79,7 @@ class Training:
             return
         self.rate.fill_(rate)
         if pairs not in self.graphs:
+            torch.cuda.synchronize()
             self.graphs.clear()  # a stage that is over; a graph holds its own memory
             self.graphs[pairs] = self.capture(pairs)
         self.graphs[pairs].replay()
