@@ -1,6 +1,7 @@
 # make test    builds, runs every test           make demo   builds, trains a small language model
 # make build   builds in place                   make lint   style of Python and C++
 # make wheel   into dist/                        make test-cpp   CMake: the C++ library and its test
+# make check-sass   what the assembler made of products in flight (a build with 9.0a)
 # Each sets up what it needs in .venv first. PY=python3 uses an environment of your own as it is.
 PYTHON ?= python3
 PY ?= .venv/bin/python
@@ -9,10 +10,11 @@ PACKAGES = setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 numpy=
   einops==0.8.2 safetensors==0.8.0 matplotlib==3.11.2 pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15
 CMAKE = 4.2.0
 STYLE = ruff==0.17.6 clang-format==23.1.5
+DISASSEMBLER = nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 SOURCES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
 
-.PHONY: all build test test-cpp demo wheel lint clean
+.PHONY: all build test test-cpp disassembler check-sass demo wheel lint clean
 all: build
 
 .venv/ready: Makefile
@@ -33,6 +35,13 @@ test-cpp: $(READY)
 	  -DPython_EXECUTABLE=$$(realpath -s $(PY)) -DCMAKE_MAKE_PROGRAM=$$(realpath -s $(dir $(PY))ninja)
 	$(dir $(PY))cmake --build build/cmake
 	$(dir $(PY))ctest --test-dir build/cmake --output-on-failure
+
+disassembler: $(READY)
+	$(PY) -m pip install --quiet $(DISASSEMBLER)
+
+check-sass: build disassembler
+	PATH="$$($(PY) -c 'import nvidia.cu13; print(nvidia.cu13.__path__[0])')/bin:$$PATH" \
+	  cuobjdump -sass -arch sm_90a mamba2_cuda/_ops.abi3.so | $(PY) tools/check_in_flight.py
 
 demo: $(READY)
 	$(PY) -m examples.byte_lm --build
