@@ -6,7 +6,15 @@
 #     sanitize   compute-sanitizer on small problems, each tool and tier a process of its own, all
 #                at once                                     ($SANITIZERS, $TARGETS, $SECONDS_EACH)
 #     bench      times and ratios                             ($BENCH_ARGS of bench.run)
+#     sweep      the figure: time over length, over state size
+#     around     the kernels around the scan                  ($AROUND_ARGS of bench.around)
+#     model      mixer, training step, generation             ($MODEL_ARGS of bench.model)
+#     accuracy   errors beside the rival's                    ($ACCURACY_ARGS of bench.accuracy)
+#     ranks      one sequence on two GPUs
+#     recall     associative recall, a grid of models         ($RECALL_SECONDS)
 #     ncu        every kernel once, by the hardware counters  ($SHAPE)
+# Stages with commas between them run at the same time, a GPU each: tests bench,model,accuracy,recall.
+# What draws on rows wants tests before it, and $MAMBA_SSM, a folder with the rival, to compare.
 # Wants mamba2_cuda/_ops*.so, and builds at most _C for this Python (seconds). Logs, rows and tables go under $OUT (default out).
 # The exit status says whether every stage passed; the last lines say which did.
 set -uo pipefail
@@ -54,7 +62,13 @@ sanitize() {
   return $status
 }
 
-bench() { $PY -m bench.run --mamba-ssm "${MAMBA_SSM:-}" ${BENCH_ARGS:-}; }
+bench() { $PY -m bench.run ${BENCH_ARGS:-}; }
+sweep() { $PY -m bench.run --sweep; }
+around() { $PY -m bench.around ${AROUND_ARGS:-}; }
+model() { $PY -m bench.model ${MODEL_ARGS:-}; }
+accuracy() { $PY -m bench.accuracy ${ACCURACY_ARGS:-}; }
+ranks() { $PY -m bench.ranks; }
+recall() { $PY -m examples.mqar --grid --budget-seconds "${RECALL_SECONDS:-178}" --out "$OUT/mqar"; }
 
 ncu_() {
   ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
@@ -63,20 +77,37 @@ ncu_() {
     $PY -m bench.ncu_table "$OUT/ncu.csv" "$OUT/ncu.json" | tee "$OUT/ncu.md"
 }
 
-failed=0 summary=""
-for stage in "$@"; do
-  case $stage in
-    smoke | tests | sanitize | bench) run=$stage ;;
-    ncu) run=ncu_ ;;
-    *) echo "unknown stage $stage" >&2; exit 2 ;;
+# One stage: its log, and how it ended.
+stage() {
+  local name=$1 begin=$SECONDS status
+  case $name in
+    smoke | tests | sanitize | bench | sweep | around | model | accuracy | ranks | recall) ;;
+    ncu) name=ncu_ ;;
+    *) echo "unknown stage $name" >&2; return 2 ;;
   esac
-  begin=$SECONDS
-  "$run" > >(tee "$OUT/$stage.log" | tail -n "${TAIL:-60}") 2>&1
+  "$name" > >(tee "$OUT/$1.log" | tail -n "${TAIL:-60}") 2>&1
   status=$?
-  [ $status = 0 ] || failed=1
-  summary+="$stage: $([ $status = 0 ] && echo passed || echo "FAILED ($status)"), "
-  summary+="$((SECONDS - begin)) s"$'\n'
+  echo "$1: $([ $status = 0 ] && echo passed || echo "FAILED ($status)"), $((SECONDS - begin)) s" \
+    >>"$OUT/summary"
+  return $status
+}
+
+failed=0
+: >"$OUT/summary"
+for group in "$@"; do
+  gpu=0 runs=()
+  if [[ $group != *,* ]]; then
+    stage "$group" || failed=1
+    continue
+  fi
+  for name in ${group//,/ }; do
+    CUDA_VISIBLE_DEVICES=$gpu stage "$name" &
+    runs+=($!)
+    gpu=$((gpu + 1))
+  done
+  for one in "${runs[@]}"; do wait "$one" || failed=1; done
 done
 sleep 0.2
-printf '\n%s' "$summary"
+echo
+cat "$OUT/summary"
 exit $failed
