@@ -64,7 +64,7 @@ def plain_conv_scan_norm(
     layout = options.layout
     with torch.autocast(zxBCdt.device.type, enabled=False):
         z, xBC, dt = layout.split(zxBCdt)
-        x, B, C = layout.split_conv(reference.causal_conv1d(xBC, conv_weight, conv_bias))
+        x, B, C = layout.split_conv(reference.causal_conv1d(xBC, conv_weight[:, 0], conv_bias))
         y = reference.ssd_scan(
             x, dt, -A_log.exp(), B, C, D=D, dt_bias=dt_bias, dt_softplus=True,
             dt_limit=options.dt_limit,
