@@ -119,21 +119,28 @@ MAMBA2_DEVICE void arrive_warp(ptx::Mbarrier* barrier, int lane) {
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(barrier);
 }
-// A fragment's rows times their weights: register i holds row 8 (i & 1). A weight is split in two
-// elements of T, so that two instructions do for two elements; what is lost is far below a
-// rounding.
+// The weights of two elements, each split in two elements of T, so that two instructions do for
+// both; what is lost is far below a rounding.
+struct alignas(8) PairWeights {
+  uint32_t most, rest;
+};
+template <class T>
+MAMBA2_DEVICE PairWeights split_weights(float w0, float w1) {
+  const uint32_t most = pack2<T>(w0, w1);
+  const float2 kept = unpack2<T>(most);
+  return {most, pack2<T>(w0 - kept.x, w1 - kept.y)};
+}
+template <class T>
+MAMBA2_DEVICE uint32_t weigh_pair(uint32_t v, const PairWeights& w) {
+  return ptx::fma_rn_x2<T>(v, w.most, ptx::fma_rn_x2<T>(v, w.rest, 0));
+}
+// A fragment's rows times their weights: register i holds row 8 (i & 1).
 template <class T>
 MAMBA2_DEVICE void scale_rows(uint32_t (&a)[16], const float (&weight)[2]) {
-  uint32_t most[2], rest[2];
+  const PairWeights of[2] = {split_weights<T>(weight[0], weight[0]),
+                             split_weights<T>(weight[1], weight[1])};
   MAMBA2_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    most[half] = pack2<T>(weight[half], weight[half]);
-    const float lost = weight[half] - unpack2<T>(most[half]).x;
-    rest[half] = pack2<T>(lost, lost);
-  }
-  MAMBA2_UNROLL
-  for (int i = 0; i < 16; ++i)
-    a[i] = ptx::fma_rn_x2<T>(a[i], most[i & 1], ptx::fma_rn_x2<T>(a[i], rest[i & 1], 0));
+  for (int i = 0; i < 16; ++i) a[i] = weigh_pair<T>(a[i], of[i & 1]);
 }
 
 }  // namespace mamba2::ssd::sm90

@@ -32,9 +32,9 @@ template <class T, int kN>
 struct alignas(1024) SweepSmem {
   SweepStage<T, kN> stage[kStages];
   T image[kHeads][kHeadDim * kN];
-  float weight[2][kHeads][kBackwardQ];  // by parity of the chunk
-  float decay[2][kHeads][2];            // of its blocks
-  float through[kHeads][4];             // by warp
+  PairWeights weight[2][kHeads][kBackwardQ / 2];  // by parity of the chunk, of two tokens each
+  float decay[2][kHeads][2];                      // of its blocks
+  float through[kHeads][4];                       // by warp
   tile::Ring<kStages> ring;
 };
 
@@ -166,7 +166,9 @@ struct Consumer {
   // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
   MAMBA2_DEVICE void write_state(int chunk, const Scalars& scalars, int parity) {
     if (thread == 0) ptx::bulk_wait_group_read<0>();
-    s.weight[parity][i][thread] = scalars.weight(sweep.reverse);
+    const float weight = scalars.weight(sweep.reverse);
+    const float next = __shfl_down_sync(kAllLanes, weight, 1);
+    if (thread % 2 == 0) s.weight[parity][i][thread / 2] = split_weights<T>(weight, next);
     if (thread % kBlock == 0) s.decay[parity][i][thread / kBlock] = scalars.decay();
     barrier();
     MAMBA2_UNROLL
@@ -204,17 +206,14 @@ struct Consumer {
   }
 
   // state = decay state + tokens^T diag(weight) operand, over one block of 64 tokens.
-  MAMBA2_DEVICE void add_block(const SweepStage<T, kN>& stage, const float* weight, float decay) {
+  MAMBA2_DEVICE void add_block(const SweepStage<T, kN>& stage, const PairWeights* weight,
+                               float decay) {
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; ++e) state[e] *= decay;
     uint32_t a[16];
     tile::load_transposed<4>(a, stage.tokens[i], me);
     MAMBA2_UNROLL
-    for (int r = 0; r < 16; ++r) {
-      const float2 v = unpack2<T>(a[r]);
-      const float2 w = *reinterpret_cast<const float2*>(weight + me.column(r / 2));
-      a[r] = pack2<T>(v.x * w.x, v.y * w.y);
-    }
+    for (int r = 0; r < 16; ++r) a[r] = weigh_pair<T>(a[r], weight[me.column(r / 2) / 2]);
     ptx::wgmma_fence_operand(state);
     ptx::wgmma_fence();
     tile::product_rs<T, kN, 4>(state, a, tile::MnMajor<kBlock>{stage.operand}, true);
@@ -255,7 +254,8 @@ struct Consumer {
         const int count = chunk.count - block * kBlock;
         ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
         if (args.chunking.table && count < kBlock) clear_tail(stage, count);
-        if (active) add_block(stage, s.weight[k & 1][i] + block * kBlock, s.decay[k & 1][i][block]);
+        if (active)
+          add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, s.decay[k & 1][i][block]);
         arrive_warp(&s.ring.empty[at.stage], me.lane);
         at.advance();
       }
