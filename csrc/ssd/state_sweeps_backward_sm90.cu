@@ -129,18 +129,28 @@ struct Consumer {
         me(threadIdx.x) {}
 
   MAMBA2_DEVICE void barrier() { ptx::bar_sync(kHeadBarrier + i, tile::kWarpgroup); }
-  // Element e of this thread in (nseq, tensor_h, p, n), and whether there is one.
-  MAMBA2_DEVICE int64_t element(int e) const {
+  // f(e, where): this thread's elements of a tensor (nseq, tensor_h, p, n).
+  template <class F>
+  MAMBA2_DEVICE void for_each_element(F&& f) const {
     const int64_t tensor_head = int64_t(sweep.i_seq) * args.tensor_h + args.tensor_head(head);
-    const int64_t row = tensor_head * args.p + args.channel(head) + me.row((e >> 1) & 1);
-    return row * args.tensor_n + me.column(e / 4) + (e & 1);
+    const int64_t first_row = tensor_head * args.p + args.channel(head);
+    const int channels = args.channels(head);
+    MAMBA2_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = me.row(half);
+      if (row >= channels) continue;
+      const int64_t at = (first_row + row) * args.tensor_n + me.column(0);
+      MAMBA2_UNROLL
+      for (int k = 0; k < kN / 8; ++k) {
+        f(4 * k + 2 * half, at + 8 * k);
+        f(4 * k + 2 * half + 1, at + 8 * k + 1);
+      }
+    }
   }
-  MAMBA2_DEVICE bool exists(int e) const { return me.row((e >> 1) & 1) < args.channels(head); }
 
   template <class From>
   MAMBA2_DEVICE void load_state(const From* from) {
-    MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; ++e) state[e] = exists(e) ? convert<float>(from[element(e)]) : 0.f;
+    for_each_element([&](int e, int64_t at) { state[e] = convert<float>(from[at]); });
   }
   MAMBA2_DEVICE void begin() {
     MAMBA2_UNROLL
@@ -156,11 +166,7 @@ struct Consumer {
   }
   MAMBA2_DEVICE void end() {
     if (!sweep.reverse || !args.d_initial_states) return;
-    MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; e += 2)
-      if (exists(e))
-        *reinterpret_cast<float2*>(args.d_initial_states + element(e)) =
-            float2{state[e], state[e + 1]};
+    for_each_element([&](int e, int64_t at) { args.d_initial_states[at] = state[e]; });
   }
 
   // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
@@ -193,8 +199,7 @@ struct Consumer {
   // first, where S is initial_states, for a state may stay what it was.
   MAMBA2_DEVICE void write_through(int chunk, float a_last_log2, const float* other) {
     float sum = 0;
-    MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; ++e) sum += exists(e) ? state[e] * other[element(e)] : 0.f;
+    for_each_element([&](int e, int64_t at) { sum += state[e] * other[at]; });
     MAMBA2_UNROLL
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (me.lane == 0) s.through[i][me.warp] = sum;
