@@ -40,8 +40,9 @@ disassembler: $(READY)
 	$(PY) -m pip install --quiet $(DISASSEMBLER)
 
 check-sass: build disassembler
-	PATH="$$($(PY) -c 'import nvidia.cu13; print(nvidia.cu13.__path__[0])')/bin:$$PATH" \
-	  cuobjdump -sass -arch sm_90a mamba2_cuda/_ops.abi3.so | $(PY) tools/check_in_flight.py
+	export PATH="$$($(PY) -c 'import nvidia.cu13; print(nvidia.cu13.__path__[0])')/bin:$$PATH"; \
+	  for object in $$(find build -path '*cuda*_ops*' -name '*_sm90.o' -not -name 'plan*'); do \
+	    cuobjdump -sass -arch sm_90a $$object; done | $(PY) tools/check_in_flight.py
 
 demo: $(READY)
 	$(PY) -m examples.byte_lm --build
