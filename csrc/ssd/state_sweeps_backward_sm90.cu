@@ -129,9 +129,9 @@ struct Consumer {
         me(threadIdx.x) {}
 
   MAMBA2_DEVICE void barrier() { ptx::bar_sync(kHeadBarrier + i, tile::kWarpgroup); }
-  // f(e, where): this thread's elements of a tensor (nseq, tensor_h, p, n).
+  // f(e, where): this thread's pairs of elements e, e + 1 of a tensor (nseq, tensor_h, p, n).
   template <class F>
-  MAMBA2_DEVICE void for_each_element(F&& f) const {
+  MAMBA2_DEVICE void for_each_pair(F&& f) const {
     const int64_t tensor_head = int64_t(sweep.i_seq) * args.tensor_h + args.tensor_head(head);
     const int64_t first_row = tensor_head * args.p + args.channel(head);
     const int channels = args.channels(head);
@@ -141,16 +141,16 @@ struct Consumer {
       if (row >= channels) continue;
       const int64_t at = (first_row + row) * args.tensor_n + me.column(0);
       MAMBA2_UNROLL
-      for (int k = 0; k < kN / 8; ++k) {
-        f(4 * k + 2 * half, at + 8 * k);
-        f(4 * k + 2 * half + 1, at + 8 * k + 1);
-      }
+      for (int k = 0; k < kN / 8; ++k) f(4 * k + 2 * half, at + 8 * k);
     }
   }
 
   template <class From>
   MAMBA2_DEVICE void load_state(const From* from) {
-    for_each_element([&](int e, int64_t at) { state[e] = convert<float>(from[at]); });
+    for_each_pair([&](int e, int64_t at) {
+      state[e] = convert<float>(from[at]);
+      state[e + 1] = convert<float>(from[at + 1]);
+    });
   }
   MAMBA2_DEVICE void begin() {
     MAMBA2_UNROLL
@@ -166,7 +166,9 @@ struct Consumer {
   }
   MAMBA2_DEVICE void end() {
     if (!sweep.reverse || !args.d_initial_states) return;
-    for_each_element([&](int e, int64_t at) { args.d_initial_states[at] = state[e]; });
+    for_each_pair([&](int e, int64_t at) {
+      *reinterpret_cast<float2*>(args.d_initial_states + at) = float2{state[e], state[e + 1]};
+    });
   }
 
   // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
@@ -199,7 +201,8 @@ struct Consumer {
   // first, where S is initial_states, for a state may stay what it was.
   MAMBA2_DEVICE void write_through(int chunk, float a_last_log2, const float* other) {
     float sum = 0;
-    for_each_element([&](int e, int64_t at) { sum += state[e] * other[at]; });
+    for_each_pair(
+        [&](int e, int64_t at) { sum += state[e] * other[at] + state[e + 1] * other[at + 1]; });
     MAMBA2_UNROLL
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (me.lane == 0) s.through[i][me.warp] = sum;
