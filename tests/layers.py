@@ -13,6 +13,14 @@ from common import same_bits, to_dtype
 
 from mamba2_cuda.reference.discretise import working_dtype
 
+# How finely a result of each type is rounded, for allowances.
+PRECISION = {
+    torch.bfloat16: 2.0**-9,
+    torch.float16: 2.0**-12,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+
 
 def run_public(function):
     """A run of a differentiable function."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from layers import PRECISION
 
 from mamba2_cuda import reference
 from mamba2_cuda.ops import norm_linear
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-PRECISION = {BF16: 2.0**-9, F16: 2.0**-12, F32: 2.0**-24, F64: 2.0**-53}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 // conv_scan_norm: all that stands between a mixer's two projections, as one operator.
+//
 //   x, B, C = silu(causal_conv1d(x, B, C))
-//   y       = ssd_scan(x, dt, A, B, C) + D x            A = -exp(A_log), dt = softplus(dt +
-//   dt_bias) out     = norm(y, z)                                 y silu(z), inside the scan,
-//   without a norm
+//   y       = ssd_scan(x, dt, A, B, C) + D x     A = -exp(A_log), dt = softplus(dt + dt_bias)
+//   out     = norm(y, z)                         without a norm y silu(z), inside the scan
+//
 // It runs the three operators of these names. One call of the host's costs less than three, and
 // their arguments are slices that need no Python to be cut.
 #pragma once

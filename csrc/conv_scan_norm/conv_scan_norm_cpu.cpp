@@ -11,14 +11,11 @@ struct Cpu {
   static constexpr auto scan = ssd::scan_forward_on_cpu;
   static constexpr auto norm = gated_rmsnorm::forward_on_cpu;
 
-  static Tensor decay_rates(const Tensor& A_log) {
-    const DType dtype = state_dtype(dtype_of(A_log));
-    const Tensor from = compact(A_log), A = allocate(Sizes{A_log.size(0)}, dtype, A_log);
-    for (int64_t i_h = 0; i_h < A_log.size(0); ++i_h) {
-      const double rate = decay_rate(cpu::load<double>(any_float(from), i_h));
-      cpu::store(dtype, A.mutable_data_ptr(), i_h, rate);
+  static void write_decay_rates(const Tensor& A_log, const Tensor& A) {
+    for (int64_t i_h = 0; i_h < A.size(0); ++i_h) {
+      const double rate = decay_rate(cpu::load<double>(any_float(A_log), i_h));
+      cpu::store(dtype_of(A), A.mutable_data_ptr(), i_h, rate);
     }
-    return A;
   }
 };
 

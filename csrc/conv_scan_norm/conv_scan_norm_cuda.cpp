@@ -17,15 +17,11 @@ struct Cuda {
   static constexpr auto scan = ssd::scan_forward_on_cuda;
   static constexpr auto norm = gated_rmsnorm::forward_on_cuda;
 
-  static Tensor decay_rates(const Tensor& A_log) {
-    const DType dtype = state_dtype(dtype_of(A_log));
-    const Tensor from = compact(A_log), A = allocate(Sizes{A_log.size(0)}, dtype, A_log);
-    const OnDevice at(A_log);
-    const int h = static_cast<int>(A_log.size(0));
-    at.check_launch(
-        "conv_scan_norm",
-        conv_scan_norm::decay_rates(any_float(from), h, A.mutable_data_ptr(), dtype, at.stream()));
-    return A;
+  static void write_decay_rates(const Tensor& A_log, const Tensor& A) {
+    const OnDevice at(A);
+    at.check_launch("conv_scan_norm",
+                    conv_scan_norm::decay_rates(any_float(A_log), static_cast<int>(A.size(0)),
+                                                A.mutable_data_ptr(), dtype_of(A), at.stream()));
   }
 };
 

@@ -1,6 +1,6 @@
 // The operator as csrc/ops.cpp declares it, for every device. A Device has, each as the operator
 // of its name:
-//   Tensor decay_rates(A_log)
+//   void write_decay_rates(A_log, A)     A (h) of fp32 or fp64
 //   causal_conv1d::ForwardResult conv(arguments, return_final_states)
 //   ssd::ForwardResult scan(arguments, return_final_states, plan)
 //   Tensor norm(arguments)
@@ -56,6 +56,14 @@ inline void check_arguments(const Tensor& zxBCdt, const Tensor& conv_weight, con
   check.device("A_log", A_log);
 }
 
+// A = -exp(A_log), in fp32 at least.
+template <class Device>
+Tensor decay_rates(const Tensor& A_log) {
+  const Tensor A = allocate(Sizes{A_log.size(0)}, state_dtype(dtype_of(A_log)), A_log);
+  Device::write_decay_rates(compact(A_log), A);
+  return A;
+}
+
 template <class Device>
 Result forward(Tensor zxBCdt, Tensor conv_weight, OptionalTensor conv_bias, Tensor A_log, Tensor D,
                Tensor dt_bias, OptionalTensor norm_weight, OptionalTensor cu_seqlens,
@@ -75,7 +83,7 @@ Result forward(Tensor zxBCdt, Tensor conv_weight, OptionalTensor conv_bias, Tens
   ssd::ScanArguments scan;
   scan.x = channels(xBC, 0, h, p);
   scan.dt = channels(zxBCdt, d + layout.conv_channels(), h);
-  scan.A = Device::decay_rates(A_log);
+  scan.A = decay_rates<Device>(A_log);
   scan.B = channels(xBC, d, g, n);
   scan.C = channels(xBC, d + layout.state(), g, n);
   scan.D = D;

@@ -37,12 +37,7 @@ struct TokenPairs : ScanConsumer<T, kN> {
       : Base(args, s, task), side(tile::uniform(threadIdx.x / tile::kWarpgroup) - 1) {}
 
   MAMBA2_DEVICE bool earlier() const { return task.block == 0; }
-  // `me`, with the lane asked for anew: what follows from a kept one would cost registers.
-  MAMBA2_DEVICE tile::Lane me_anew() const {
-    tile::Lane anew = me;
-    anew.lane = ptx::laneid();
-    return anew;
-  }
+  // Asked for anew: what follows from a kept one would cost registers.
   MAMBA2_DEVICE int thread_anew() const { return 32 * me.warp + ptx::laneid(); }
   MAMBA2_DEVICE int group(int k) const { return 2 * k + side; }
 

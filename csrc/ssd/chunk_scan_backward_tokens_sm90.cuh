@@ -21,7 +21,7 @@ struct TokenSide : TokenPairs<T, kN> {
   using Base::args, Base::me, Base::s, Base::task, Base::side;
   using Base::Base;
   using Base::BC, Base::dCB, Base::U;
-  using Base::earlier, Base::group, Base::me_anew, Base::thread_anew;
+  using Base::earlier, Base::group, Base::thread_anew;
   using Base::kGroups;
   using typename Base::Columns, typename Base::Fragment;
   static constexpr int kChannels = kHeadDim / 2;              // of dx
