@@ -141,3 +141,13 @@ def _(x, norm_weight, z, weight, bias, residual, *_options):
 @fake("mamba2_cuda::add_norm")
 def _(residual, x, weight, eps):
     return weight.new_empty(residual.shape)
+
+
+@fake("mamba2_cuda::cross_entropy_forward")
+def _(logits, targets, scale):
+    return logits.new_empty(logits.shape[0], dtype=state_dtype(logits))
+
+
+@fake("mamba2_cuda::cross_entropy_backward")
+def _(gradient, d_loss):
+    return None

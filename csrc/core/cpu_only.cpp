@@ -20,6 +20,8 @@ constexpr const char* kOperators[] = {
     "conv_scan_norm_forward",
     "norm_linear",
     "add_norm",
+    "cross_entropy_forward",
+    "cross_entropy_backward",
 };
 
 void refuse(StableIValue*, uint64_t, uint64_t) {

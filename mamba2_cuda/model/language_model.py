@@ -7,8 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mamba2_cuda.nn import Attention, Block, Cache, Mamba2, MixerCache, RMSNorm, Tokens
-
-from .loss import cross_entropy
+from mamba2_cuda.ops import cross_entropy
 
 
 class Backbone(nn.Module):

@@ -6,6 +6,7 @@ load_ops()
 
 from mamba2_cuda.ops.add_norm import add_norm  # noqa: E402
 from mamba2_cuda.ops.causal_conv1d import causal_conv1d, causal_conv1d_step  # noqa: E402
+from mamba2_cuda.ops.cross_entropy import cross_entropy  # noqa: E402
 from mamba2_cuda.ops.gated_rmsnorm import gated_rmsnorm  # noqa: E402
 from mamba2_cuda.ops.norm_linear import norm_linear  # noqa: E402
 from mamba2_cuda.ops.plan import batch_invariant  # noqa: E402
@@ -18,6 +19,7 @@ __all__ = [
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_step",
+    "cross_entropy",
     "gated_rmsnorm",
     "norm_linear",
     "ssd_scan",
