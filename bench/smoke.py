@@ -2,7 +2,7 @@
 
     python -m bench.smoke                       each tier in a process of its own, then a table
     python -m bench.smoke --tier 3 --run-only   for sanitizers: small cases, unchecked
-    python -m bench.smoke --layers              for sanitizers: what stands around the scan
+    python -m bench.smoke --layers [bf16 fp32]  for sanitizers: what stands around the scan
 
 A tier that hangs or breaks the CUDA context costs its own process only. Below 1.0 passes: the worst
 error of any output or gradient over what the tests allow it.
@@ -26,6 +26,7 @@ from common import allowed_error, expected_error, run_ops, same_bits, truth  # n
 
 TIERS = {1: "any", 2: "sm80", 3: "sm90"}
 SECONDS_PER_TIER = 150
+LAYER_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FULL = {"D": "h", "z": True, "dt_bias": True, "initial_states": "working"}
 MODEL = Case(b=1, l=192, h=4, p=64, g=1, n=128, dtype=torch.bfloat16, D="h", dt_bias=True)
 CASES = {
@@ -50,8 +51,8 @@ SMALL = ("model", "all arguments", "packed", "seq_idx", "kept states", "sliced",
 
 def main():
     options = parse_options()
-    if options.layers:
-        return layers(options.tier or 0)
+    if options.layers is not None:
+        return layers(options.tier or 0, options.layers or LAYER_DTYPES)
     if options.tier:
         sys.exit(one_tier(options.tier, options.cases, options.run_only))
     print_where()
@@ -80,21 +81,23 @@ def parse_options():
     parser.add_argument("--tier", type=int, choices=TIERS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--run-only", action="store_true", help="the small cases, unchecked")
-    parser.add_argument("--layers", action="store_true", help="a small model, unchecked")
+    parser.add_argument(
+        "--layers", nargs="*", choices=LAYER_DTYPES, help="a small model, unchecked"
+    )
     options = parser.parse_args()
     if options.run_only:
         options.cases = [name for name in options.cases if name in SMALL]
     return options
 
 
-def layers(tier):
+def layers(tier, dtypes):
     """A model forward, backward, and token by token: one row (fused steps), and several."""
     from mamba2_cuda.model import Mamba2LMHeadModel, ModelConfig, generate
     from mamba2_cuda.ops.plan import force_plan
 
     force_plan(tier)
     sizes = dict(d_model=128, n_layer=2, vocab_size=64, ssm_cfg=dict(d_state=64))
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (LAYER_DTYPES[name] for name in dtypes):
         model = Mamba2LMHeadModel(ModelConfig(**sizes), dtype=dtype).cuda()
         logits = model(torch.randint(0, 64, (2, 150), device="cuda"))
         logits.float().square().sum().backward()

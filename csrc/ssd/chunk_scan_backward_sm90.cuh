@@ -171,6 +171,11 @@ struct ScanConsumer {
                              const ScanTask& task)
       : args(args), s(s), task(task), thread(threadIdx.x % tile::kWarpgroup), me(threadIdx.x) {}
 
+  // A head's results are there. Every thread says so of its own: compute-sanitizer takes the
+  // arrival of one lane for a warp as that lane's alone.
+  MAMBA2_DEVICE void results_full(const ResultSlot& slot) const {
+    ptx::mbarrier_arrive(&s.results_ring.full[slot.stage]);
+  }
   // Waits for the other consumers.
   MAMBA2_DEVICE void all() {
     arrive_warp(&s.consumers, me.lane);

@@ -105,7 +105,7 @@ struct StateSide : ScanConsumer<T, kN> {
       const ResultSlot slot(i);
       ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);
       head(stage, states, s.results[slot.stage]);
-      arrive_warp(&s.results_ring.full[slot.stage], me.lane);
+      this->results_full(slot);
       arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
       arrive_warp(&s.tokens_ring.empty[TokenSlot(i).stage], me.lane);
     }

@@ -218,7 +218,7 @@ struct TokenSide : TokenPairs<T, kN> {
     leave(stage, dx, rows, F, dy, results, i);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
-    arrive_warp(&s.results_ring.full[slot.stage], me.lane);
+    this->results_full(slot);
     arrive_warp(&s.tokens_ring.empty[TokenSlot(i).stage], me.lane);
   }
 
