@@ -124,9 +124,20 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       "Tensor(a!)? residual, float eps, int group_size, bool norm_before_gate, "
       "bool early_weights) -> Tensor y");
 
-  // Decode: residual (b, d) += x (b, d) in place, where x is given; y (b, d) is the residual's norm
-  // times weight (d), in weight's dtype. Three dtypes of their own.
-  m.def("add_norm(Tensor(a!) residual, Tensor? x, Tensor weight, float eps) -> Tensor y");
+  // The residual takes what a layer adds to it, x of its shape (..., d), and is normed for the next
+  // layer: residual_out = residual + x, of residual's dtype and absent without x; y is the norm of
+  // residual_out times weight (d). Dtypes of their own; that of y is core/dtype.h's integer, as is
+  // x_dtype, -1 without x. dx is d_residual, rounded: absent where nothing was added or they are
+  // the same. dweight fp32 (fp64 when residual or weight is). add_norm_ works on residual (b, d) in
+  // place, of any row stride.
+  m.def(
+      "add_norm_forward(Tensor residual, Tensor? x, Tensor weight, float eps, int dtype)"
+      " -> (Tensor residual_out, Tensor y)");
+  m.def(
+      "add_norm_backward(Tensor dy, Tensor? d_residual_out, Tensor residual_out, Tensor weight, "
+      "float eps, int x_dtype) -> (Tensor d_residual, Tensor dx, Tensor dweight)");
+  m.def(
+      "add_norm_(Tensor(a!) residual, Tensor? x, Tensor weight, float eps, int dtype) -> Tensor y");
 
   // The loss of each row of logits (rows, vocab) with its target (rows), int64: fp32 (fp64 when
   // logits are), 0 where the target is -100. With a scale (), of the losses' dtype, their gradient

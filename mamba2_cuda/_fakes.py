@@ -2,6 +2,8 @@
 
 import torch
 
+from ._dtypes import DTYPE_CODE, DTYPES
+
 fake = torch.library.register_fake
 
 
@@ -17,9 +19,6 @@ def absent(x):
 def like(t, x, dtype=None):
     """A contiguous tensor of t's shape; absent when t is."""
     return absent(x) if t is None else t.new_empty(t.shape, dtype=dtype)
-
-
-DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def kept_numel(x, B, z, nseq, packed, plan):
@@ -138,9 +137,26 @@ def _(x, norm_weight, z, weight, bias, residual, *_options):
     return weight.new_empty((x.shape[0], weight.shape[0]) if residual is None else 0)
 
 
-@fake("mamba2_cuda::add_norm")
-def _(residual, x, weight, eps):
-    return weight.new_empty(residual.shape)
+@fake("mamba2_cuda::add_norm_forward")
+def _(residual, x, weight, eps, dtype):
+    residual_out = residual.new_empty(0) if x is None else like(residual, residual)
+    return residual_out, residual.new_empty(residual.shape, dtype=DTYPES[dtype])
+
+
+@fake("mamba2_cuda::add_norm_backward")
+def _(dy, d_residual_out, residual_out, weight, eps, x_dtype):
+    own = DTYPE_CODE[residual_out.dtype]
+    dx = residual_out.new_empty(0)
+    if x_dtype not in (-1, own):
+        dx = residual_out.new_empty(residual_out.shape, dtype=DTYPES[x_dtype])
+    wide = torch.float64 in (residual_out.dtype, weight.dtype)
+    dweight = weight.new_empty(weight.shape, dtype=torch.float64 if wide else torch.float32)
+    return like(residual_out, residual_out), dx, dweight
+
+
+@fake("mamba2_cuda::add_norm_")
+def _(residual, x, weight, eps, dtype):
+    return weight.new_empty(residual.shape, dtype=DTYPES[dtype])
 
 
 @fake("mamba2_cuda::cross_entropy_forward")

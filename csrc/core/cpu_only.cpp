@@ -19,7 +19,9 @@ constexpr const char* kOperators[] = {
     "gated_rmsnorm_backward",
     "conv_scan_norm_forward",
     "norm_linear",
-    "add_norm",
+    "add_norm_forward",
+    "add_norm_backward",
+    "add_norm_",
     "cross_entropy_forward",
     "cross_entropy_backward",
 };

@@ -23,25 +23,17 @@ class Backbone(nn.Module):
         self.residual_in_fp32 = config.residual_in_fp32
 
     def forward(self, input_ids, tokens, cache=None):
-        residual = self.embedding(input_ids)
+        residual, pending = self.embedding(input_ids), None
         caches = [None] * len(self.layers) if cache is None else cache.layers
-        if not torch.is_grad_enabled():
-            return self.infer(residual, tokens, caches)
-        for layer, layer_cache in zip(self.layers, caches):
-            if self.activation_checkpointing and self.training and cache is None:
-                residual = checkpoint(layer, residual, tokens, use_reentrant=False)
-            else:
-                residual = layer(residual, tokens, layer_cache)
-        return self.norm_f(residual)
-
-    def infer(self, residual, tokens, caches):
-        """forward without gradients, from the embedding, which is overwritten."""
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        pending = None
-        for layer, cache in zip(self.layers, caches):
-            residual, pending = layer.infer(residual, pending, tokens, cache)
-        return self.norm_f.add(residual, pending)
+        checkpointed = self.activation_checkpointing and self.training and cache is None
+        for layer, layer_cache in zip(self.layers, caches):
+            if checkpointed and torch.is_grad_enabled():
+                residual = checkpoint(layer, residual, tokens, use_reentrant=False)
+            else:
+                residual, pending = layer.advance(residual, pending, tokens, layer_cache)
+        return self.norm_f.add(residual, pending)[1]
 
 
 def make_block(config, i, **made):

@@ -30,25 +30,32 @@ class Block(nn.Module):
 
     def forward(self, residual, tokens=None, cache=None):
         """residual (b, l, d_model) -> the residual after this block."""
-        if self.residual_in_fp32:
-            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        residual = residual + self.mixer(self.norm(residual), tokens, cache)
-        if self.mlp is not None:
-            residual = residual + self.mlp(self.norm2(residual))
-        return residual
+        residual = self.widen(residual)
+        if not torch.is_grad_enabled():
+            residual = residual.clone()  # advance writes there
+        residual, pending = self.advance(residual, None, tokens, cache)
+        return residual if pending is None else residual + pending
 
-    def infer(self, residual, pending, tokens, cache):
-        """forward without gradients, in few kernels and in place.
+    def widen(self, residual):
+        """residual in the dtype that it is kept in."""
+        if not self.residual_in_fp32:
+            return residual
+        return residual.to(torch.promote_types(residual.dtype, torch.float32))
 
-        residual (b, l, d_model) still lacks `pending`, what the block before adds, or None. Returns
-        the two for the block behind.
+    def advance(self, residual, pending, tokens, cache):
+        """forward in few kernels; without gradients in place.
+
+        residual (b, l, d_model), as `widen` has it, still lacks `pending`, what the block before
+        adds, or None. Returns the two for the block behind.
         """
         if pending is None and self.steps_fast(residual, tokens, cache):
             self.mixer.add_step(residual[:, 0], self.norm, cache)
         else:
-            pending = self.mixer(self.norm.add(residual, pending), tokens, cache)
+            residual, u = self.norm.add(residual, pending)
+            pending = self.mixer(u, tokens, cache)
         if self.mlp is not None:
-            pending = self.mlp(self.norm2.add(residual, pending))
+            residual, u = self.norm2.add(residual, pending)
+            pending = self.mlp(u)
         return residual, pending
 
     def steps_fast(self, residual, tokens, cache):

@@ -2,6 +2,7 @@
 
 from mamba2_cuda.ops import (
     add_norm,
+    add_norm_,
     causal_conv1d,
     causal_conv1d_step,
     gated_rmsnorm,
@@ -14,6 +15,7 @@ from .conv_scan_norm import conv_scan_norm
 
 __all__ = [
     "add_norm",
+    "add_norm_",
     "causal_conv1d",
     "causal_conv1d_step",
     "conv_scan_norm",

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from mamba2_cuda.ops.ssd_scan import autocast_dtype
+
 from . import functional
 
 
@@ -18,11 +20,17 @@ class RMSNorm(nn.Module):
         return functional.gated_rmsnorm(x, self.weight, eps=self.eps).to(self.weight.dtype)
 
     def add(self, residual, x):
-        """residual (b, l, d) += x in place, where x is not None; returns its norm. One kernel,
-        without gradients."""
+        """The sum of residual (b, l, d) and x, where x is not None, and its norm: one kernel.
+
+        The norm has the dtype that a linear layer behind it computes in: autocast's, where that is
+        on. Without gradients the sum takes residual's place.
+        """
+        dtype = autocast_dtype(self.weight)
+        if torch.is_grad_enabled():
+            return functional.add_norm(residual, x, self.weight, eps=self.eps, dtype=dtype)
         x = None if x is None else x.flatten(0, 1)
-        y = functional.add_norm(residual.flatten(0, 1), x, self.weight, eps=self.eps)
-        return y.view(residual.shape)
+        y = functional.add_norm_(residual.flatten(0, 1), x, self.weight, eps=self.eps, dtype=dtype)
+        return residual, y.view(residual.shape)
 
 
 class GatedRMSNorm(nn.Module):

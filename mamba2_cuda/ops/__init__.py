@@ -4,7 +4,7 @@ from mamba2_cuda._load import load_ops
 
 load_ops()
 
-from mamba2_cuda.ops.add_norm import add_norm  # noqa: E402
+from mamba2_cuda.ops.add_norm import add_norm, add_norm_  # noqa: E402
 from mamba2_cuda.ops.causal_conv1d import causal_conv1d, causal_conv1d_step  # noqa: E402
 from mamba2_cuda.ops.cross_entropy import cross_entropy  # noqa: E402
 from mamba2_cuda.ops.gated_rmsnorm import gated_rmsnorm  # noqa: E402
@@ -16,6 +16,7 @@ from mamba2_cuda.ops.ssd_step import ssd_step  # noqa: E402
 
 __all__ = [
     "add_norm",
+    "add_norm_",
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_step",

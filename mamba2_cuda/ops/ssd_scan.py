@@ -69,12 +69,19 @@ def ssd_scan(
 
 
 def autocast(x, *others):
-    """x and its kin in the dtype that autocast wants; fp64 stays, as in torch's own operators."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    """x and its kin in the dtype that autocast wants."""
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None else t.to(dtype) for t in (x, *others))
+
+
+def autocast_dtype(t):
+    """What autocast would have t cast to, or None: fp64 stays, as in torch's own operators."""
+    device = t.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or t.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class _SsdScan(torch.autograd.Function):
