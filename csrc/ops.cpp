@@ -114,6 +114,15 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       "Tensor(b!)? ssm_state, int h, int p, int g, int n, float dt_min, float dt_max, float eps, "
       "int group_size, bool norm_before_gate, int plan)"
       " -> (Tensor out, Tensor xBC, Tensor y, Tensor A)");
+  // The gradients of its floating inputs, from what it returned; those of weights, A_log, D and
+  // dt_bias fp32 (fp64 when zxBCdt is). Absent: of what was not given.
+  m.def(
+      "conv_scan_norm_backward(Tensor d_out, Tensor zxBCdt, Tensor conv_weight, Tensor? conv_bias, "
+      "Tensor D, Tensor dt_bias, Tensor? norm_weight, Tensor? cu_seqlens, Tensor xBC, Tensor y, "
+      "Tensor A, int h, int p, int g, int n, float dt_min, float dt_max, float eps, "
+      "int group_size, bool norm_before_gate, int plan)"
+      " -> (Tensor d_zxBCdt, Tensor d_conv_weight, Tensor d_conv_bias, Tensor d_A_log, Tensor dD, "
+      "Tensor d_dt_bias, Tensor d_norm_weight)");
 
   // Decode: a norm and the projection behind it, for few rows. x, z (b, d) of one dtype;
   // norm_weight (d); weight (o, d), whose dtype norm's result is rounded to and y has; bias (o).

@@ -132,6 +132,16 @@ def _(
     return rows(h * p), rows(conv_weight.shape[0]), y, A
 
 
+@fake("mamba2_cuda::conv_scan_norm_backward")
+def _(
+    d_out, zxBCdt, conv_weight, conv_bias, D, dt_bias, norm_weight, cu_seqlens, xBC, y, A,
+    *_options,
+):  # fmt: skip
+    parameters = (conv_weight, conv_bias, A, D, dt_bias, norm_weight)
+    of_parameters = (like(t, zxBCdt, state_dtype(zxBCdt)) for t in parameters)
+    return like(zxBCdt, zxBCdt), *of_parameters
+
+
 @fake("mamba2_cuda::norm_linear")
 def _(x, norm_weight, z, weight, bias, residual, *_options):
     return weight.new_empty((x.shape[0], weight.shape[0]) if residual is None else 0)

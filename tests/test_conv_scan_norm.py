@@ -78,12 +78,17 @@ def fused(tensors, cu_seqlens, options):
     return conv_scan_norm(*tensors.values(), cu_seqlens, options)
 
 
+def d_out_of(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(out)
+
+
 def with_gradients(function, tensors, *rest):
     """out, and the gradient of each tensor by name."""
     out = function(tensors, *rest)
-    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(out)
     leaves = {name: t for name, t in tensors.items() if t is not None}
-    gradients = torch.autograd.grad(out, list(leaves.values()), d_out, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        out, list(leaves.values()), d_out_of(out), materialize_grads=True
+    )
     return {"out": out, **dict(zip(leaves, gradients))}
 
 
@@ -127,7 +132,20 @@ def test_opcheck(states, device, ops):
     arguments = [None if t is None else t.detach() for t in tensors.values()]
     torch.library.opcheck(
         ops.conv_scan_norm_forward.default,
-        (*arguments, cu_seqlens, *zeros, *options.of_forward(), 0),
+        (*arguments, cu_seqlens, *zeros, *options.as_arguments(), 0),
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "no norm", "packed"])
+def test_opcheck_of_the_backward(name, device, ops):
+    tensors, cu_seqlens, options = make(**CASES[name], device=device)
+    options = *options.as_arguments(), 0
+    arguments = [None if t is None else t.detach() for t in tensors.values()]
+    out, *kept = ops.conv_scan_norm_forward(*arguments, cu_seqlens, None, None, *options)
+    del arguments[list(tensors).index("A_log")]
+    torch.library.opcheck(
+        ops.conv_scan_norm_backward.default,
+        (torch.ones_like(out), *arguments, cu_seqlens, *kept, *options),
     )
 
 

@@ -47,5 +47,10 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // The forward on one kind of device: y, and the final states, undefined where not asked for.
 ForwardResult forward_on_cpu(const Arguments& arguments, bool return_final_states);
 ForwardResult forward_on_cuda(const Arguments& arguments, bool return_final_states);
+// The backward operator on one kind of device.
+BackwardResult backward_on_cpu(const Tensor& dy, const OptionalTensor& d_final_states,
+                               const Arguments& arguments, const OptionalTensor& dx);
+BackwardResult backward_on_cuda(const Tensor& dy, const OptionalTensor& d_final_states,
+                                const Arguments& arguments, const OptionalTensor& dx);
 
 }  // namespace mamba2::causal_conv1d

@@ -255,12 +255,8 @@ ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
 BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
                              OptionalTensor bias, OptionalTensor initial_states,
                              OptionalTensor cu_seqlens, bool silu, OptionalTensor dx) {
-  BackwardCall call =
-      prepare_backward(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu}, dx);
-  call.params.in.dtype == DType::f64 ? backward_as<double>(call.params)
-                                     : backward_as<float>(call.params);
-  call.finish();
-  return {call.dx, call.dweight, call.dbias, call.d_initial_states};
+  return backward_on_cpu(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu},
+                         dx);
 }
 
 Tensor conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu,
@@ -277,6 +273,15 @@ ForwardResult forward_on_cpu(const Arguments& arguments, bool return_final_state
   call.params.in.dtype == DType::f64 ? forward_as<double>(call.params)
                                      : forward_as<float>(call.params);
   return {call.y, call.final_states};
+}
+
+BackwardResult backward_on_cpu(const Tensor& dy, const OptionalTensor& d_final_states,
+                               const Arguments& arguments, const OptionalTensor& dx) {
+  BackwardCall call = prepare_backward(dy, d_final_states, arguments, dx);
+  call.params.in.dtype == DType::f64 ? backward_as<double>(call.params)
+                                     : backward_as<float>(call.params);
+  call.finish();
+  return {call.dx, call.dweight, call.dbias, call.d_initial_states};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {

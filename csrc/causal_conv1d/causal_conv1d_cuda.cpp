@@ -29,23 +29,8 @@ ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
 BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
                              OptionalTensor bias, OptionalTensor initial_states,
                              OptionalTensor cu_seqlens, bool silu, OptionalTensor dx) {
-  const Range range("causal_conv1d_backward");
-  BackwardCall call =
-      prepare_backward(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu}, dx);
-  const BackwardResult result{call.dx, call.dweight, call.dbias, call.d_initial_states};
-  const Inputs& in = call.params.in;
-  if (has_no_token(in.shape)) {
-    fill(call.dweight, std::nullopt);
-    fill(call.dbias, std::nullopt);
-    fill(call.d_initial_states, d_final_states);
-    return result;
-  }
-  const OnDevice at(x);
-  const auto bytes = static_cast<int64_t>(backward_workspace_bytes(in.shape, in.dtype));
-  const Tensor scratch = allocate_bytes(bytes, x);
-  at.check_launch("causal_conv1d_backward", backward(call.params, pointer(scratch), at.stream()));
-  call.finish();
-  return result;
+  return backward_on_cuda(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu},
+                          dx);
 }
 
 Tensor conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu,
@@ -70,6 +55,26 @@ ForwardResult forward_on_cuda(const Arguments& arguments, bool return_final_stat
   const Tensor scratch = bytes ? allocate_bytes(int64_t(bytes), arguments.x) : Tensor();
   at.check_launch("causal_conv1d", forward(call.params, pointer(scratch), at.stream()));
   return {call.y, call.final_states};
+}
+
+BackwardResult backward_on_cuda(const Tensor& dy, const OptionalTensor& d_final_states,
+                                const Arguments& arguments, const OptionalTensor& dx) {
+  const Range range("causal_conv1d_backward");
+  BackwardCall call = prepare_backward(dy, d_final_states, arguments, dx);
+  const BackwardResult result{call.dx, call.dweight, call.dbias, call.d_initial_states};
+  const Inputs& in = call.params.in;
+  if (has_no_token(in.shape)) {
+    fill(call.dweight, std::nullopt);
+    fill(call.dbias, std::nullopt);
+    fill(call.d_initial_states, d_final_states);
+    return result;
+  }
+  const OnDevice at(arguments.x);
+  const auto bytes = static_cast<int64_t>(backward_workspace_bytes(in.shape, in.dtype));
+  const Tensor scratch = allocate_bytes(bytes, arguments.x);
+  at.check_launch("causal_conv1d_backward", backward(call.params, pointer(scratch), at.stream()));
+  call.finish();
+  return result;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {

@@ -4,8 +4,8 @@
 //   y       = ssd_scan(x, dt, A, B, C) + D x     A = -exp(A_log), dt = softplus(dt + dt_bias)
 //   out     = norm(y, z)                         without a norm y silu(z), inside the scan
 //
-// It runs the three operators of these names. One call of the host's costs less than three, and
-// their arguments are slices that need no Python to be cut.
+// It runs the three operators of these names, and in the backward theirs. One call of the host's
+// costs less than three, and their arguments are slices that need no Python to be cut.
 #pragma once
 #include <math.h>  // and not cmath: functions of the argument's own type without std::
 
@@ -22,5 +22,7 @@ MAMBA2_HD T decay_rate(T A_log) {
 // ---- CUDA: returns a cudaError_t as int ----
 // A (h) of `dtype`, fp32 or fp64, from A_log (h).
 int decay_rates(const AnyFloat& A_log, int h, void* A, DType dtype, void* stream);
+// dA (h) of `dtype`, fp32 or fp64, becomes the gradient of A_log: dA A.
+int scale_by_rates(const AnyFloat& A, int h, void* dA, DType dtype, void* stream);
 
 }  // namespace mamba2::conv_scan_norm

@@ -1,9 +1,13 @@
-// The operator as csrc/ops.cpp declares it, for every device. A Device has, each as the operator
+// The operators as csrc/ops.cpp declares them, for every device. A Device has, each as the operator
 // of its name:
 //   void write_decay_rates(A_log, A)     A (h) of fp32 or fp64
+//   void scale_by_rates(A, dA)           dA (h) *= A
 //   causal_conv1d::ForwardResult conv(arguments, return_final_states)
+//   causal_conv1d::BackwardResult conv_backward(dy, d_final_states, arguments, dx)
 //   ssd::ForwardResult scan(arguments, return_final_states, plan)
+//   ssd::BackwardResult scan_backward(arguments, gradients, plan)
 //   Tensor norm(arguments)
+//   gated_rmsnorm::BackwardResult norm_backward(dy, arguments, dx, dz)
 #pragma once
 #include "../causal_conv1d/causal_conv1d_call.h"
 #include "../gated_rmsnorm/gated_rmsnorm_call.h"
@@ -13,6 +17,8 @@ namespace mamba2::conv_scan_norm {
 
 // out, the convolution's output, y (absent without a norm, where it is out) and A.
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// The gradients of the seven tensors from zxBCdt to norm_weight.
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Channels of the projection [z | x | B | C | dt], of which the convolution has the middle three.
 struct Layout {
@@ -45,21 +51,70 @@ inline Tensor channels(const Tensor& t, int64_t first, int64_t outer, int64_t in
               {strides[0], strides[1], inner * strides[2], strides[2]}, first * strides[2]);
 }
 
-inline void check_arguments(const Tensor& zxBCdt, const Tensor& conv_weight, const Tensor& A_log,
-                            const Layout& layout) {
-  const ArgumentCheck check("conv_scan_norm", zxBCdt);
-  check.floating("zxBCdt", zxBCdt);
-  check.shape("zxBCdt", zxBCdt, {{"b"}, {"l"}, {"2 h p + 2 g n + h", layout.width()}});
-  check.shape("conv_weight", conv_weight, {{"d", layout.conv_channels()}, {"1", 1}, {"w"}});
-  check.shape("A_log", A_log, {{"h", layout.h}});
-  check.floating("A_log", A_log);
-  check.device("A_log", A_log);
-}
+// What both directions are given, and the slices that the three operators see of it.
+struct Arguments {
+  Tensor zxBCdt, conv_weight;
+  OptionalTensor conv_bias;
+  Tensor D, dt_bias;
+  OptionalTensor norm_weight, cu_seqlens;
+  Layout layout;
+  double dt_min, dt_max, eps;
+  int64_t group_size;
+  bool norm_before_gate;
+
+  void check(const char* op) const {
+    const ArgumentCheck check(op, zxBCdt);
+    check.floating("zxBCdt", zxBCdt);
+    check.shape("zxBCdt", zxBCdt, {{"b"}, {"l"}, {"2 h p + 2 g n + h", layout.width()}});
+    check.shape("conv_weight", conv_weight, {{"d", layout.conv_channels()}, {"1", 1}, {"w"}});
+  }
+  Tensor z() const { return channels(zxBCdt, 0, layout.d_inner()); }
+
+  causal_conv1d::Arguments of_conv(const OptionalTensor& initial_states) const {
+    const auto strides = conv_weight.strides();
+    const Tensor weight = view(conv_weight, {layout.conv_channels(), conv_weight.size(2)},
+                               {strides[0], strides[2]}, 0);
+    return {channels(zxBCdt, layout.d_inner(), layout.conv_channels()),
+            weight,
+            conv_bias,
+            initial_states,
+            cu_seqlens,
+            /*silu=*/true};
+  }
+  // xBC is the convolution's output.
+  ssd::ScanArguments of_scan(const Tensor& xBC, const Tensor& A,
+                             const OptionalTensor& initial_states) const {
+    const auto [h, p, g, n] = layout;
+    const int64_t d = layout.d_inner();
+    ssd::ScanArguments scan;
+    scan.x = channels(xBC, 0, h, p);
+    scan.dt = channels(zxBCdt, d + layout.conv_channels(), h);
+    scan.A = A;
+    scan.B = channels(xBC, d, g, n);
+    scan.C = channels(xBC, d + layout.state(), g, n);
+    scan.D = D;
+    if (!norm_weight) scan.z = channels(zxBCdt, 0, h, p);
+    scan.dt_bias = dt_bias;
+    scan.initial_states = initial_states;
+    scan.cu_seqlens = cu_seqlens;
+    scan.dt_softplus = true;
+    scan.dt_min = dt_min;
+    scan.dt_max = dt_max;
+    return scan;
+  }
+  gated_rmsnorm::Arguments of_norm(const Tensor& y) const {
+    return {y, *norm_weight, z(), eps, group_size, norm_before_gate};
+  }
+};
 
 // A = -exp(A_log), in fp32 at least.
 template <class Device>
-Tensor decay_rates(const Tensor& A_log) {
-  const Tensor A = allocate(Sizes{A_log.size(0)}, state_dtype(dtype_of(A_log)), A_log);
+Tensor decay_rates(const Tensor& A_log, const Tensor& zxBCdt, int64_t h) {
+  const ArgumentCheck check("conv_scan_norm", zxBCdt);
+  check.shape("A_log", A_log, {{"h", h}});
+  check.floating("A_log", A_log);
+  check.device("A_log", A_log);
+  const Tensor A = allocate(Sizes{h}, state_dtype(dtype_of(A_log)), A_log);
   Device::write_decay_rates(compact(A_log), A);
   return A;
 }
@@ -70,40 +125,68 @@ Result forward(Tensor zxBCdt, Tensor conv_weight, OptionalTensor conv_bias, Tens
                OptionalTensor conv_state, OptionalTensor ssm_state, int64_t h, int64_t p, int64_t g,
                int64_t n, double dt_min, double dt_max, double eps, int64_t group_size,
                bool norm_before_gate, int64_t plan) {
-  const Layout layout{h, p, g, n};
-  check_arguments(zxBCdt, conv_weight, A_log, layout);
-  const int64_t d = layout.d_inner(), w = conv_weight.size(2);
-  const auto weight_strides = conv_weight.strides();
-  const Tensor weight =
-      view(conv_weight, {layout.conv_channels(), w}, {weight_strides[0], weight_strides[2]}, 0);
-  const auto [xBC, conv_after] = Device::conv({channels(zxBCdt, d, layout.conv_channels()), weight,
-                                               conv_bias, conv_state, cu_seqlens, /*silu=*/true},
-                                              conv_state.has_value());
-
-  ssd::ScanArguments scan;
-  scan.x = channels(xBC, 0, h, p);
-  scan.dt = channels(zxBCdt, d + layout.conv_channels(), h);
-  scan.A = decay_rates<Device>(A_log);
-  scan.B = channels(xBC, d, g, n);
-  scan.C = channels(xBC, d + layout.state(), g, n);
-  scan.D = D;
-  if (!norm_weight) scan.z = channels(zxBCdt, 0, h, p);
-  scan.dt_bias = dt_bias;
-  scan.initial_states = ssm_state;
-  scan.cu_seqlens = cu_seqlens;
-  scan.dt_softplus = true;
-  scan.dt_min = dt_min;
-  scan.dt_max = dt_max;
+  const Arguments a{zxBCdt,      conv_weight, conv_bias,       D,      dt_bias,
+                    norm_weight, cu_seqlens,  {h, p, g, n},    dt_min, dt_max,
+                    eps,         group_size,  norm_before_gate};
+  a.check("conv_scan_norm");
+  const auto [xBC, conv_after] = Device::conv(a.of_conv(conv_state), conv_state.has_value());
+  const Tensor A = decay_rates<Device>(A_log, zxBCdt, h);
   const auto [by_head, ssm_after, kept] =
-      Device::scan(scan, ssm_state.has_value(), static_cast<int>(plan));
+      Device::scan(a.of_scan(xBC, A, ssm_state), ssm_state.has_value(), static_cast<int>(plan));
   if (conv_state) torch::stable::copy_(*conv_state, conv_after);
   if (ssm_state) torch::stable::copy_(*ssm_state, ssm_after);
 
+  const int64_t d = a.layout.d_inner();
   const auto sizes = by_head.sizes();
   const Tensor y = view(by_head, {sizes[0], sizes[1], d}, {sizes[1] * d, d, 1}, 0);
-  if (!norm_weight) return {y, xBC, absent(dtype_of(y), y), scan.A};
-  const Tensor z = channels(zxBCdt, 0, d);
-  return {Device::norm({y, *norm_weight, z, eps, group_size, norm_before_gate}), xBC, y, scan.A};
+  if (!norm_weight) return {y, xBC, absent(dtype_of(y), y), A};
+  return {Device::norm(a.of_norm(y)), xBC, y, A};
+}
+
+// xBC, y and A are what the forward returned. The gradients of z, [x | B | C] and dt land in their
+// slices of d_zxBCdt.
+template <class Device>
+BackwardResult backward(Tensor d_out, Tensor zxBCdt, Tensor conv_weight, OptionalTensor conv_bias,
+                        Tensor D, Tensor dt_bias, OptionalTensor norm_weight,
+                        OptionalTensor cu_seqlens, Tensor xBC, Tensor y, Tensor A, int64_t h,
+                        int64_t p, int64_t g, int64_t n, double dt_min, double dt_max, double eps,
+                        int64_t group_size, bool norm_before_gate, int64_t plan) {
+  const Arguments a{zxBCdt,      conv_weight, conv_bias,       D,      dt_bias,
+                    norm_weight, cu_seqlens,  {h, p, g, n},    dt_min, dt_max,
+                    eps,         group_size,  norm_before_gate};
+  a.check("conv_scan_norm_backward");
+  const Layout& layout = a.layout;
+  const int64_t d = layout.d_inner();
+  const Tensor d_zxBCdt = allocate(sizes_of(zxBCdt), zxBCdt.scalar_type(), zxBCdt);
+  const Tensor d_xBC = allocate(sizes_of(xBC), xBC.scalar_type(), xBC);
+
+  ssd::GradientArguments gradients;
+  Tensor dy = d_out, d_norm_weight;
+  if (norm_weight) {
+    auto of_norm = Device::norm_backward(d_out, a.of_norm(y), {}, channels(d_zxBCdt, 0, d));
+    dy = std::get<0>(of_norm);
+    d_norm_weight = std::get<1>(of_norm);
+  } else {
+    gradients.dz = channels(d_zxBCdt, 0, h, p);
+    d_norm_weight = absent(dtype_of(zxBCdt), zxBCdt);
+  }
+  gradients.dy = channels(dy, 0, h, p);
+  gradients.dx = channels(d_xBC, 0, h, p);
+  gradients.d_dt = channels(d_zxBCdt, d + layout.conv_channels(), h);
+  gradients.dB = channels(d_xBC, d, g, n);
+  gradients.dC = channels(d_xBC, d + layout.state(), g, n);
+  const auto of_scan =
+      Device::scan_backward(a.of_scan(xBC, A, {}), gradients, static_cast<int>(plan));
+  const Tensor d_A_log = std::get<2>(of_scan);  // dA so far: A is its own derivative
+  Device::scale_by_rates(A, d_A_log);
+
+  const auto [dx, d_weight, d_conv_bias, d_initial_states] = Device::conv_backward(
+      d_xBC, {}, a.of_conv({}), channels(d_zxBCdt, d, layout.conv_channels()));
+  const int64_t w = conv_weight.size(2);
+  const Tensor d_conv_weight = view(d_weight, {layout.conv_channels(), 1, w}, {w, w, 1}, 0);
+  return {d_zxBCdt,     d_conv_weight,        d_conv_bias,
+          d_A_log,      std::get<5>(of_scan), std::get<7>(of_scan),
+          d_norm_weight};
 }
 
 }  // namespace mamba2::conv_scan_norm

@@ -38,8 +38,12 @@ BackwardCall prepare_backward(const Tensor& dy, const Arguments& arguments,
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
-// The forward operator on one kind of device.
+// The operators on one kind of device.
 Tensor forward_on_cpu(const Arguments& arguments);
 Tensor forward_on_cuda(const Arguments& arguments);
+BackwardResult backward_on_cpu(const Tensor& dy, const Arguments& arguments,
+                               const OptionalTensor& dx, const OptionalTensor& dz);
+BackwardResult backward_on_cuda(const Tensor& dy, const Arguments& arguments,
+                                const OptionalTensor& dx, const OptionalTensor& dz);
 
 }  // namespace mamba2::gated_rmsnorm

@@ -143,13 +143,7 @@ Tensor norm_forward(Tensor x, Tensor weight, OptionalTensor z, double eps, int64
 BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor z, double eps,
                              int64_t group_size, bool norm_before_gate, OptionalTensor dx,
                              OptionalTensor dz) {
-  BackwardCall call =
-      prepare_backward(dy, {x, weight, z, eps, group_size, norm_before_gate}, dx, dz);
-  with_gate_and_type(call.params.in, [&](auto gate, auto zero) {
-    backward_as<gate(), decltype(zero)>(call.params);
-  });
-  call.finish();
-  return {call.dx, call.dweight, call.dz};
+  return backward_on_cpu(dy, {x, weight, z, eps, group_size, norm_before_gate}, dx, dz);
 }
 
 }  // namespace
@@ -160,6 +154,16 @@ Tensor forward_on_cpu(const Arguments& arguments) {
     forward_as<gate(), decltype(zero)>(call.params);
   });
   return call.y;
+}
+
+BackwardResult backward_on_cpu(const Tensor& dy, const Arguments& arguments,
+                               const OptionalTensor& dx, const OptionalTensor& dz) {
+  BackwardCall call = prepare_backward(dy, arguments, dx, dz);
+  with_gate_and_type(call.params.in, [&](auto gate, auto zero) {
+    backward_as<gate(), decltype(zero)>(call.params);
+  });
+  call.finish();
+  return {call.dx, call.dweight, call.dz};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {

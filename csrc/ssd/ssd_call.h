@@ -48,6 +48,12 @@ ForwardResult scan_forward_on_cpu(const ScanArguments& arguments, bool return_fi
 ForwardResult scan_forward_on_cuda(const ScanArguments& arguments, bool return_final_states,
                                    int plan);
 
+// ssd_scan's backward on one kind of device.
+BackwardResult scan_backward_on_cpu(const ScanArguments& arguments,
+                                    const GradientArguments& gradients, int plan);
+BackwardResult scan_backward_on_cuda(const ScanArguments& arguments,
+                                     const GradientArguments& gradients, int plan);
+
 inline BackwardResult result_of(const BackwardCall& call) {
   return {call.dx, call.d_dt,      call.dA,
           call.dB, call.dC,        call.dD,

@@ -35,6 +35,11 @@ ForwardResult scan_forward_on_cpu(const ScanArguments& arguments, bool return_fi
   return Cpu::forward(arguments, return_final_states, /*save_states=*/false, plan);
 }
 
+BackwardResult scan_backward_on_cpu(const ScanArguments& arguments,
+                                    const GradientArguments& gradients, int plan) {
+  return Cpu::backward("ssd_scan_backward", arguments, gradients, plan);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) { implement_scan_operators<Cpu>(m); }
 
 }  // namespace mamba2::ssd

@@ -187,6 +187,11 @@ ForwardResult scan_forward_on_cuda(const ScanArguments& arguments, bool return_f
   return Cuda::forward(arguments, return_final_states, /*save_states=*/false, plan);
 }
 
+BackwardResult scan_backward_on_cuda(const ScanArguments& arguments,
+                                     const GradientArguments& gradients, int plan) {
+  return Cuda::backward("ssd_scan_backward", arguments, gradients, plan);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
   implement_scan_operators<Cuda>(m);
 }

@@ -1,6 +1,6 @@
 """What stands between the mixer's two projections, as one differentiable function.
 
-It is causal_conv1d, ssd_scan and gated_rmsnorm one after another. The forward is one operator,
+It is causal_conv1d, ssd_scan and gated_rmsnorm one after another. Each direction is one operator,
 which cuts their slices out of the projection itself: the host is done sooner than with three. In
 the backward their gradients land in one tensor, that of the projection, each in its slice: nothing
 is concatenated or copied.
@@ -17,6 +17,7 @@ from .layout import ProjectionLayout
 
 _ops = torch.ops.mamba2_cuda
 _forward = _ops.conv_scan_norm_forward.default
+_backward = _ops.conv_scan_norm_backward.default
 
 
 class Options(NamedTuple):
@@ -28,15 +29,11 @@ class Options(NamedTuple):
     group_size: int
     norm_before_gate: bool
 
-    def of_norm(self):
-        """Those of gated_rmsnorm, in its operator's order."""
-        return self.eps, self.group_size, self.norm_before_gate
-
-    def of_forward(self):
-        """All, in the forward operator's order."""
+    def as_arguments(self):
+        """All, in the operators' order."""
         layout = self.layout
         sizes = layout.heads, layout.headdim, layout.ngroups, layout.d_state
-        return *sizes, *self.dt_limit, *self.of_norm()
+        return *sizes, *self.dt_limit, self.eps, self.group_size, self.norm_before_gate
 
 
 def conv_scan_norm(
@@ -67,7 +64,7 @@ def conv_scan_norm(
             raise RuntimeError("conv_scan_norm: a cache is for torch.no_grad")
         return _ConvScanNorm.apply(options, current_plan(), *arrays)
     states = (None, None) if cache is None else (cache.conv, cache.ssm)
-    return _forward(*arrays, *states, *options.of_forward(), current_plan())[0]
+    return _forward(*arrays, *states, *options.as_arguments(), current_plan())[0]
 
 
 def A_of(A_log):
@@ -78,14 +75,16 @@ def A_of(A_log):
 class _ConvScanNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, plan, *arrays):
-        out, xBC, y, A = _forward(*arrays, None, None, *options.of_forward(), plan)
-        ctx.save_for_backward(*arrays, xBC, y, A)
-        ctx.options, ctx.plan = options, plan
+        out, xBC, y, A = _forward(*arrays, None, None, *options.as_arguments(), plan)
+        zxBCdt, conv_weight, conv_bias, _, *others = arrays
+        ctx.save_for_backward(zxBCdt, conv_weight, conv_bias, *others, xBC, y, A)
+        ctx.options = (*options.as_arguments(), plan)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        gradients = _ConvScanNormBackward.apply(d_out, ctx.options, ctx.plan, *ctx.saved_tensors)
+        run = _ConvScanNormBackward.apply if torch.is_grad_enabled() else _backward
+        gradients = run(d_out, *ctx.saved_tensors, *ctx.options)
         wanted = ctx.needs_input_grad[2:9]
         return None, None, *(g if need else None for g, need in zip(gradients, wanted)), None
 
@@ -95,37 +94,8 @@ class _ConvScanNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return backward(*arguments)
+        return _backward(*arguments)
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError("Mamba2: a second differentiation is not implemented")
-
-
-def backward(
-    d_out, options, plan, zxBCdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight,
-    cu_seqlens, xBC, y, A,
-):  # fmt: skip
-    """The gradients of the seven tensors from zxBCdt to norm_weight."""
-    layout = options.layout
-    z, xBC_in, dt = layout.split(zxBCdt)
-    d_zxBCdt, d_xBC = torch.empty_like(zxBCdt), torch.empty_like(xBC)
-    dz, d_xBC_in, d_dt = layout.split(d_zxBCdt)
-    z_of_scan = dz_of_scan = d_norm_weight = None
-    if norm_weight is None:
-        z_of_scan, dz_of_scan, dy = layout.by_head(z), layout.by_head(dz), d_out
-    else:
-        dy, d_norm_weight, _ = _ops.gated_rmsnorm_backward.default(
-            d_out, y, norm_weight, z, *options.of_norm(), None, dz
-        )
-    x, B, C = layout.split_conv(xBC)
-    dx, dB, dC = layout.split_conv(d_xBC)
-    _, _, dA, _, _, dD, _, d_dt_bias, _ = _ops.ssd_scan_backward_out.default(
-        layout.by_head(dy), None, x, dt, A, B, C, D, z_of_scan, dt_bias, None, cu_seqlens, None,
-        None, True, *options.dt_limit, plan, dx, d_dt, dB, dC, dz_of_scan,
-    )  # fmt: skip
-    _, d_conv_weight, d_conv_bias, _ = _ops.causal_conv1d_backward.default(
-        d_xBC, None, xBC_in, conv_weight[:, 0], conv_bias, None, cu_seqlens, True, d_xBC_in
-    )
-    # A = -exp(A_log) is its own derivative.
-    return d_zxBCdt, d_conv_weight[:, None], d_conv_bias, dA * A, dD, d_dt_bias, d_norm_weight

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_conv_scan_norm import CASES, make, plain
+from test_conv_scan_norm import CASES, d_out_of, make, plain, with_gradients
 
 
 def forward(emulated, tensors, cu_seqlens, options, states=(None, None)):
     return emulated.ops.conv_scan_norm_forward(
-        *tensors.values(), cu_seqlens, *states, *options.of_forward(), 0
+        *tensors.values(), cu_seqlens, *states, *options.as_arguments(), 0
     )
 
 
@@ -19,6 +19,23 @@ def test_it_is_the_three_operators(emulated, case, nan_filled):
         torch.testing.assert_close(out, plain(*problem))
     torch.testing.assert_close(A, -problem[0]["A_log"].detach().exp())
     assert (y.numel() == 0) == (out.numel() == 0 or problem[0]["norm_weight"] is None)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients(emulated, case, nan_filled):
+    tensors, cu_seqlens, options = make(**case)
+    expected = with_gradients(plain, tensors, cu_seqlens, options)
+    with torch.no_grad():
+        out, *kept = forward(emulated, tensors, cu_seqlens, options)
+        given = [t for name, t in tensors.items() if name != "A_log"]
+        got = emulated.ops.conv_scan_norm_backward(
+            d_out_of(out), *given, cu_seqlens, *kept, *options.as_arguments(), 0
+        )
+    for (name, t), gradient in zip(tensors.items(), got):
+        if t is None:
+            assert gradient.numel() == 0
+        else:
+            torch.testing.assert_close({name: gradient}, {name: expected[name]})
 
 
 def test_a_sequence_in_two_parts(emulated):
