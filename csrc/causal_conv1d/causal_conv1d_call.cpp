@@ -115,17 +115,20 @@ BackwardCall prepare_backward(const Tensor& dy, const OptionalTensor& d_final_st
   const bool in_place = dx && readable_in_place(*dx);
   call.written = in_place ? *dx : allocate(sizes_of(a.x), dtype, a.x);
   params.dx = rows_out(call.written);
-  call.dx = dx ? absent(state_dtype(params.in.dtype), a.x) : call.written;
+  if (!dx) call.dx = call.written;
   if (dx && !in_place) call.destination = dx;
 
   const DType accumulated = state_dtype(params.in.dtype);
   call.dweight = allocate(Sizes{shape.d, shape.w}, accumulated, a.x);
   params.dweight = call.dweight.mutable_data_ptr();
-  call.dbias = allocate(a.bias ? Sizes{shape.d} : Sizes{0}, accumulated, a.x);
-  if (a.bias) params.dbias = call.dbias.mutable_data_ptr();
-  const Sizes states = a.initial_states ? sizes_of_states(shape) : Sizes{0};
-  call.d_initial_states = allocate(states, dtype, a.x);
-  if (a.initial_states) params.d_initial_states = call.d_initial_states.mutable_data_ptr();
+  if (a.bias) {
+    call.dbias = allocate(Sizes{shape.d}, accumulated, a.x);
+    params.dbias = call.dbias.mutable_data_ptr();
+  }
+  if (a.initial_states) {
+    call.d_initial_states = allocate(sizes_of_states(shape), dtype, a.x);
+    params.d_initial_states = call.d_initial_states.mutable_data_ptr();
+  }
   return call;
 }
 

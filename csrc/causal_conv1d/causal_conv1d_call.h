@@ -22,7 +22,7 @@ ForwardCall prepare_forward(const Arguments& arguments, bool return_final_states
 
 struct BackwardCall {
   BackwardParams params;
-  Tensor dx, dweight, dbias, d_initial_states;  // 0 elements: absent, or written to a destination
+  Tensor dx, dweight, dbias, d_initial_states;  // undefined: absent, or written to a destination
   std::vector<Tensor> kept;
   OptionalTensor destination;  // of dx, where kernels cannot write it in place
   Tensor written;              // ... and what to copy there
@@ -43,6 +43,13 @@ StepCall prepare_step(const Tensor& state, const Tensor& x, const Tensor& weight
 
 using ForwardResult = std::tuple<Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// What the operator returns of them.
+inline BackwardResult defined(const BackwardResult& result, const Tensor& x) {
+  const auto& [dx, dweight, dbias, d_initial_states] = result;
+  const DType dtype = dtype_of(x), state = state_dtype(dtype);
+  return {or_absent(dx, state, x), dweight, or_absent(dbias, state, x),
+          or_absent(d_initial_states, dtype, x)};
+}
 
 // The forward on one kind of device: y, and the final states, undefined where not asked for.
 ForwardResult forward_on_cpu(const Arguments& arguments, bool return_final_states);

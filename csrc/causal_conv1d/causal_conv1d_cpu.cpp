@@ -255,8 +255,9 @@ ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
 BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
                              OptionalTensor bias, OptionalTensor initial_states,
                              OptionalTensor cu_seqlens, bool silu, OptionalTensor dx) {
-  return backward_on_cpu(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu},
-                         dx);
+  return defined(
+      backward_on_cpu(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu}, dx),
+      x);
 }
 
 Tensor conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu,

@@ -168,7 +168,6 @@ BackwardResult backward(Tensor d_out, Tensor zxBCdt, Tensor conv_weight, Optiona
     d_norm_weight = std::get<1>(of_norm);
   } else {
     gradients.dz = channels(d_zxBCdt, 0, h, p);
-    d_norm_weight = absent(dtype_of(zxBCdt), zxBCdt);
   }
   gradients.dy = channels(dy, 0, h, p);
   gradients.dx = channels(d_xBC, 0, h, p);
@@ -184,9 +183,14 @@ BackwardResult backward(Tensor d_out, Tensor zxBCdt, Tensor conv_weight, Optiona
       d_xBC, {}, a.of_conv({}), channels(d_zxBCdt, d, layout.conv_channels()));
   const int64_t w = conv_weight.size(2);
   const Tensor d_conv_weight = view(d_weight, {layout.conv_channels(), 1, w}, {w, w, 1}, 0);
-  return {d_zxBCdt,     d_conv_weight,        d_conv_bias,
-          d_A_log,      std::get<5>(of_scan), std::get<7>(of_scan),
-          d_norm_weight};
+  const DType dtype = dtype_of(zxBCdt);
+  return {d_zxBCdt,
+          d_conv_weight,
+          or_absent(d_conv_bias, dtype, zxBCdt),
+          d_A_log,
+          std::get<5>(of_scan),
+          std::get<7>(of_scan),
+          or_absent(d_norm_weight, dtype, zxBCdt)};
 }
 
 }  // namespace mamba2::conv_scan_norm

@@ -32,10 +32,20 @@ Tensor allocate(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
   aoti_torch_get_device_type(like.get(), &device_type);
   aoti_torch_get_layout(like.get(), &layout);
   int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const auto dims = static_cast<int64_t>(sizes.size());
   AtenTensorHandle handle = nullptr;
-  const auto error = aoti_torch_aten_new_empty(
-      like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &shim_dtype, &layout,
-      &device_type, like.get_device_index(), nullptr, &handle);
+  AOTITorchError error;
+  if (like.is_cuda()) {  // the host is sooner done with it
+    Sizes strides(sizes.size(), 1);
+    for (int64_t i = dims - 2; i >= 0; --i) {
+      strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+    }
+    error = aoti_torch_empty_strided(dims, sizes.data(), strides.data(), shim_dtype, device_type,
+                                     like.get_device_index(), &handle);
+  } else {
+    error = aoti_torch_aten_new_empty(like.get(), sizes.data(), dims, &shim_dtype, &layout,
+                                      &device_type, like.get_device_index(), nullptr, &handle);
+  }
   if (error != TORCH_SUCCESS) {
     int64_t bytes = element_bytes(dtype);
     for (const int64_t size : sizes) bytes *= size;
@@ -65,7 +75,7 @@ Tensor compact(const Tensor& t) { return t.is_contiguous() && aligned(t) ? t : c
 Tensor readable(const Tensor& t) { return readable_in_place(t) ? t : compact(t); }
 
 void fill(Tensor to, const OptionalTensor& from) {
-  if (to.numel() == 0) return;
+  if (!to.defined() || to.numel() == 0) return;
   if (from) {
     torch::stable::copy_(to, *from);
   } else {

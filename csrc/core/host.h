@@ -74,6 +74,10 @@ inline Tensor allocate_bytes(int64_t bytes, const Tensor& like) {
 }
 // What an operator returns for an output that is not there.
 inline Tensor absent(DType dtype, const Tensor& like) { return allocate(Sizes{0}, dtype, like); }
+// The same for a result that nobody has made: inside the library it is undefined, which costs less.
+inline Tensor or_absent(const Tensor& t, DType dtype, const Tensor& like) {
+  return t.defined() ? t : absent(dtype, like);
+}
 
 // Whether kernels read `t` where it lies: last stride 1; address and other strides multiples of 16
 // bytes. Dimensions of one element have no stride worth asking about.
@@ -104,7 +108,7 @@ inline const Tensor& keep(std::vector<Tensor>& kept, Tensor t) {
   kept.push_back(std::move(t));
   return kept.back();
 }
-// to = from, or zeros where there is none. Leaves 0-element tensors alone.
+// to = from, or zeros where there is none. Leaves undefined and 0-element tensors alone.
 void fill(Tensor to, const OptionalTensor& from);
 
 // Checks cu_seqlens (nseq + 1), which wants b = 1; returns nseq.

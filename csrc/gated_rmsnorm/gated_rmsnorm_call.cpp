@@ -63,7 +63,6 @@ BackwardCall prepare_backward(const Tensor& dy, const Arguments& a, const Option
 
   const DType accumulated = state_dtype(params.in.dtype);
   const auto output = [&](bool wanted, const OptionalTensor& into, Tensor& result) -> RowsOut {
-    result = absent(accumulated, a.x);
     if (!wanted) return {};
     if (into && readable_in_place(*into)) return rows_out(*into);
     Tensor written = allocate(sizes_of(a.x), a.x.scalar_type(), a.x);

@@ -25,7 +25,7 @@ ForwardCall prepare_forward(const Arguments& arguments);
 
 struct BackwardCall {
   BackwardParams params;
-  Tensor dx, dweight, dz;  // 0 elements: absent, or written to a destination
+  Tensor dx, dweight, dz;  // undefined: absent, or written to a destination
   std::vector<Tensor> kept;
   // Destinations that kernels cannot write in place, and the tensors to copy there at the end.
   std::vector<std::pair<Tensor, Tensor>> deferred;
@@ -37,6 +37,12 @@ BackwardCall prepare_backward(const Tensor& dy, const Arguments& arguments,
                               const OptionalTensor& dx, const OptionalTensor& dz);
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
+// What the operator returns of them.
+inline BackwardResult defined(const BackwardResult& result, const Tensor& x) {
+  const auto& [dx, dweight, dz] = result;
+  const DType dtype = state_dtype(dtype_of(x));
+  return {or_absent(dx, dtype, x), dweight, or_absent(dz, dtype, x)};
+}
 
 // The operators on one kind of device.
 Tensor forward_on_cpu(const Arguments& arguments);

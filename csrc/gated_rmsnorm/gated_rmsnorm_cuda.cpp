@@ -19,7 +19,8 @@ Tensor norm_forward(Tensor x, Tensor weight, OptionalTensor z, double eps, int64
 BackwardResult norm_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor z, double eps,
                              int64_t group_size, bool norm_before_gate, OptionalTensor dx,
                              OptionalTensor dz) {
-  return backward_on_cuda(dy, {x, weight, z, eps, group_size, norm_before_gate}, dx, dz);
+  return defined(backward_on_cuda(dy, {x, weight, z, eps, group_size, norm_before_gate}, dx, dz),
+                 x);
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ Inputs make_inputs(const ScanArguments& a, const Shape& shape, std::vector<Tenso
 
 Sizes sizes_of_states(const Shape& shape) { return {shape.nseq, shape.h, shape.p, shape.n}; }
 
-// Fills a BackwardCall's outputs, one after another; each absent one is a tensor of its own.
+// Fills a BackwardCall's outputs, one after another; absent ones stay undefined.
 class GradientOutputs {
  public:
   GradientOutputs(BackwardCall& call, const Tensor& x) : call_(call), x_(x) {
@@ -57,7 +57,6 @@ class GradientOutputs {
   // Of input's dtype: the caller's destination where kernels can write it, else a new tensor.
   StridedOut like(const OptionalTensor& input, const OptionalTensor& into, Tensor& result,
                   bool any_strides = false) {
-    if (!input || into) result = absent(state_, x_);
     if (!input) return {};
     if (into && (any_strides || readable_in_place(*into))) {
       return strided_out(keep(call_.kept, *into));
@@ -72,8 +71,9 @@ class GradientOutputs {
   }
   // Of a state's dtype, contiguous.
   void* accumulated(const OptionalTensor& input, Tensor& result) {
-    result = input ? allocate(sizes_of(*input), state_, x_) : absent(state_, x_);
-    return input ? result.mutable_data_ptr() : nullptr;
+    if (!input) return nullptr;
+    result = allocate(sizes_of(*input), state_, x_);
+    return result.mutable_data_ptr();
   }
 
  private:

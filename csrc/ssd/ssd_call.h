@@ -23,7 +23,7 @@ ForwardCall prepare_segment_state(const char* op, const ScanArguments& arguments
 
 struct BackwardCall {
   BackwardParams params;
-  // Absent ones, and those written into a destination, are 0-element tensors.
+  // Absent ones, and those written into a destination, are undefined.
   Tensor dx, d_dt, dA, dB, dC, dD, dz, d_dt_bias, d_initial_states;
   std::vector<Tensor> kept;
   // Destinations that kernels cannot write in place, and the tensors to copy there at the end.

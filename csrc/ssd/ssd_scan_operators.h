@@ -1,7 +1,7 @@
 // The operators' functions as csrc/ops.cpp declares them, argument by argument, for every device:
 // they pack the arguments and hand them to a Device, which has
 //   ForwardResult forward(arguments, return_final_states, save_states, plan)    undefined: nothing
-//   BackwardResult backward(operator's name, arguments, gradients, plan)
+//   BackwardResult backward(operator's name, arguments, gradients, plan)        the same
 //   std::tuple<Tensor, Tensor> segment_state(arguments, plan)       state, log_decay
 #pragma once
 #include "ssd_call.h"
@@ -19,12 +19,10 @@ struct ScanOperators {
     const ScanArguments arguments{
         x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
         cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
-    auto [y, final_states, kept] =
+    const auto [y, final_states, kept] =
         Device::forward(arguments, return_final_states, save_states, static_cast<int>(plan));
     const DType dtype = dtype_of(x);
-    if (!final_states.defined()) final_states = absent(state_dtype(dtype), x);
-    if (!kept.defined()) kept = absent(dtype, x);
-    return {y, final_states, kept};
+    return {y, or_absent(final_states, state_dtype(dtype), x), or_absent(kept, dtype, x)};
   }
 
   static BackwardResult scan_backward_out(Tensor dy, OptionalTensor d_final_states, Tensor x,
@@ -39,7 +37,8 @@ struct ScanOperators {
         x,          dt,      A,           B,      C,     D, z, dt_bias, initial_states,
         cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max};
     const GradientArguments gradients{dy, d_final_states, {}, chunk_states, dx, d_dt, dB, dC, dz};
-    return Device::backward("ssd_scan_backward", arguments, gradients, static_cast<int>(plan));
+    return defined(
+        Device::backward("ssd_scan_backward", arguments, gradients, static_cast<int>(plan)), x);
   }
 
   static BackwardResult scan_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor dt,
@@ -69,14 +68,21 @@ struct ScanOperators {
     GradientArguments gradients;
     gradients.d_final_states = d_state;
     gradients.d_log_decay = d_log_decay;
-    const auto [dx, d_dt, dA, dB, dC, dD, dz, d_dt_bias, d_initial_states] =
+    const auto [dx, d_dt, dA, dB, dC, dD, dz, d_dt_bias, d_initial_states] = defined(
         Device::backward("ssd_segment_state_backward",
                          segment_arguments(x, dt, A, B, dt_bias, dt_softplus, dt_min, dt_max),
-                         gradients, static_cast<int>(plan));
+                         gradients, static_cast<int>(plan)),
+        x);
     return {dx, d_dt, dA, dB, d_dt_bias};
   }
 
  private:
+  static BackwardResult defined(const BackwardResult& result, const Tensor& x) {
+    const DType dtype = state_dtype(dtype_of(x));
+    return std::apply(
+        [&](const auto&... gradients) { return BackwardResult{or_absent(gradients, dtype, x)...}; },
+        result);
+  }
   static ScanArguments segment_arguments(Tensor x, Tensor dt, Tensor A, Tensor B,
                                          OptionalTensor dt_bias, bool dt_softplus, double dt_min,
                                          double dt_max) {
