@@ -27,12 +27,13 @@ class Backbone(nn.Module):
         caches = [None] * len(self.layers) if cache is None else cache.layers
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        checkpointed = self.activation_checkpointing and self.training and cache is None
+        slim = self.activation_checkpointing and self.training and cache is None
         for layer, layer_cache in zip(self.layers, caches):
-            if checkpointed and torch.is_grad_enabled():
-                residual = checkpoint(layer, residual, tokens, use_reentrant=False)
+            arguments = (residual, pending, tokens, layer_cache)
+            if slim and torch.is_grad_enabled():
+                residual, pending = checkpoint(layer.advance, *arguments, use_reentrant=False)
             else:
-                residual, pending = layer.advance(residual, pending, tokens, layer_cache)
+                residual, pending = layer.advance(*arguments)
         return self.norm_f.add(residual, pending)[1]
 
 

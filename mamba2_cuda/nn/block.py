@@ -30,23 +30,18 @@ class Block(nn.Module):
 
     def forward(self, residual, tokens=None, cache=None):
         """residual (b, l, d_model) -> the residual after this block."""
-        residual = self.widen(residual)
+        if self.residual_in_fp32:
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         if not torch.is_grad_enabled():
             residual = residual.clone()  # advance writes there
         residual, pending = self.advance(residual, None, tokens, cache)
         return residual if pending is None else residual + pending
 
-    def widen(self, residual):
-        """residual in the dtype that it is kept in."""
-        if not self.residual_in_fp32:
-            return residual
-        return residual.to(torch.promote_types(residual.dtype, torch.float32))
-
     def advance(self, residual, pending, tokens, cache):
         """forward in few kernels; without gradients in place.
 
-        residual (b, l, d_model), as `widen` has it, still lacks `pending`, what the block before
-        adds, or None. Returns the two for the block behind.
+        residual (b, l, d_model), in the dtype it is kept in, still lacks `pending`, what the block
+        before adds, or None. Returns the two for the block behind.
         """
         if pending is None and self.steps_fast(residual, tokens, cache):
             self.mixer.add_step(residual[:, 0], self.norm, cache)
