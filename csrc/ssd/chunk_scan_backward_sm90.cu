@@ -105,6 +105,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     s.states_ring.init(1, kConsumerWarps + (task.block == 0 ? kFinishWarps : 0));
     s.results_ring.init(kScanConsumers, kFinishWarps);
     ptx::mbarrier_init(&s.group_full, 1);
+    ptx::mbarrier_init(&s.consumers, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

@@ -68,6 +68,7 @@ struct alignas(1024) ChunkScanBackwardSmem {
   tile::Ring<kStateStages> states_ring;
   tile::Ring<kResultStages> results_ring;
   ptx::Mbarrier group_full;  // B and C are in
+  ptx::Mbarrier consumers;   // all consumers have come
 
   // C of the later tokens: until C B^T takes its place, and again after the last head, in the ring
   // of states.
@@ -81,7 +82,6 @@ enum ScanBarriers {
   kTokenSidesBarrier = 1,
   kStateSideBarrier,
   kFinishBarrier,
-  kConsumersBarrier,
   kExchangeBarriers  // 4: by warp
 };
 
@@ -165,6 +165,7 @@ struct ScanConsumer {
   const ScanTask& task;
   const int thread;  // of the warpgroup
   const tile::Lane me;
+  uint32_t consumers_phase = 0;
 
   MAMBA2_DEVICE ScanConsumer(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
                              const ScanTask& task)
@@ -176,7 +177,11 @@ struct ScanConsumer {
     ptx::mbarrier_arrive(&s.results_ring.full[slot.stage]);
   }
   // Waits for the other consumers.
-  MAMBA2_DEVICE void all() const { ptx::bar_sync(kConsumersBarrier, kScanConsumers); }
+  MAMBA2_DEVICE void all() {
+    arrive_warp(&s.consumers, me.lane);
+    ptx::mbarrier_wait(&s.consumers, consumers_phase);
+    consumers_phase ^= 1;
+  }
   // Where a (slices, chunks, g, rows, n) array holds this block's group; then this lane's element.
   MAMBA2_DEVICE float* slice(float* array, int rows, int first_row) const {
     const int64_t i = (int64_t(task.slice) * args.chunks + task.i_chunk) * args.g + task.group;

@@ -168,6 +168,7 @@ int make_chunking(const Inputs& in, int q, void* memory, Chunking* out, void* st
   out->q = q;
   out->l = shape.l;
   out->chunks_per_row = static_cast<int>(ceil_div(shape.l, q));
+  out->by_row = Divisor(out->chunks_per_row);
   if (!shape.packed) return 0;
 
   const int chunks = static_cast<int>(shape.chunks(q)), nseq = static_cast<int>(shape.nseq);

@@ -3,7 +3,7 @@
 #pragma once
 #include <vector_types.h>
 
-#include "../core/macros.h"
+#include "../core/divisor.h"
 #include "shape.h"
 
 namespace mamba2::ssd {
@@ -28,7 +28,8 @@ struct Sequence {
 struct Chunking {
   int q = 64;
   int64_t l = 0;
-  int chunks_per_row = 0;            // dense
+  int chunks_per_row = 0;  // dense; the same as a divisor:
+  Divisor by_row;
   const int4* table = nullptr;       // packed: (chunks) {i_seq, token, count, i_c << 1 | is_last}
   const int* first_chunk = nullptr;  // packed: (nseq + 1) first chunk of each sequence
   const int* first_token = nullptr;  // packed: (nseq + 1) first token of each sequence
@@ -38,7 +39,7 @@ struct Chunking {
       const int4 e = table[i];
       return {e.x, 0, e.y, e.z, e.w >> 1, (e.w & 1) != 0};
     }
-    const int row = i / chunks_per_row, i_c = i % chunks_per_row;
+    const int row = i / by_row, i_c = i % by_row;
     const int token = i_c * q;
     const int64_t left = l - token;
     return {row, row, token, int(left < q ? left : q), i_c, i_c == chunks_per_row - 1};

@@ -6,7 +6,7 @@
 namespace mamba2::ssd::sm90 {
 
 // One warp, all of whose values are uniform; its first lane acts.
-template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
+template <class T, int kN, bool kGate, int kStages>
 struct Loader {
   static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
@@ -16,18 +16,19 @@ struct Loader {
   tile::RingPosition<kStages> at;
   tile::RingPosition<kTaskSlots> published;
 
-  MAMBA2_DEVICE void load(const Unit (&units)[kUnits], int row, int token) {
+  MAMBA2_DEVICE void load(const Unit (&units)[kUnits], int row, int token, bool backwards) {
     auto& stage = s.stage[at.stage];
     ptx::Mbarrier* full = &s.ring.full[at.stage];
     const int active = units[kUnits - 1].active ? kUnits : 1, group = units[0].group;
     const uint32_t tile_bytes = kQ * kP * sizeof(T);
     ptx::mbarrier_arrive_expect_tx(
-        full, (kStateOnly ? 1 : 2) * kQ * kN * sizeof(T) + active * tile_bytes * (1 + kGate));
+        full, backwards ? kQ * kN * sizeof(T) + active * tile_bytes
+                        : 2 * kQ * kN * sizeof(T) + active * tile_bytes * (1 + kGate));
     MAMBA2_UNROLL
     for (int panel = 0; panel < kN / 64; ++panel) {
       const int offset = panel * kQ * 64;
       ptx::tma_load_4d(stage.B + offset, &args.B, panel * 64, group, token, row, full);
-      if constexpr (!kStateOnly)
+      if (!backwards)
         ptx::tma_load_4d(stage.C + offset, &args.C, panel * 64, group, token, row, full);
     }
     MAMBA2_UNROLL
@@ -35,13 +36,14 @@ struct Loader {
       const Unit u = units[half];
       if (!u.active) break;
       ptx::tma_load_4d(stage.x[half], &args.x, u.p_block * kP, u.head, token, row, full);
-      if constexpr (kGate)
+      if (kGate && !backwards)
         ptx::tma_load_4d(stage.z[half], &args.z, u.p_block * kP, u.head, token, row, full);
     }
   }
-  static MAMBA2_DEVICE int flags_of(const Walk<kStateOnly>& walk, const Chunk& next) {
-    return (walk.at_first() ? kBeginsTask : 0) | (next.i_seq < 0 ? kEndsTask : 0) |
-           (walk.chunk.i_c == 0 ? kBeginsSequence : 0) | (walk.chunk.is_last ? kEndsSequence : 0);
+  static MAMBA2_DEVICE int flags_of(const Walk& walk, const Chunk& next) {
+    return (walk.i == walk.first() ? kBeginsTask : 0) | (next.i_seq < 0 ? kEndsTask : 0) |
+           (walk.task.backwards ? kBackwards : 0) | (walk.chunk.i_c == 0 ? kBeginsSequence : 0) |
+           (walk.chunk.is_last ? kEndsSequence : 0);
   }
   MAMBA2_DEVICE int kept_at(const Chunk& c) const {
     static_assert(kKeptQ == 2 * kQ, "every second state is kept");
@@ -51,8 +53,10 @@ struct Loader {
     return {tile::uniform(u.index), tile::uniform(u.head), tile::uniform(u.p_block),
             tile::uniform(u.group), tile::uniform(u.active) != 0};
   }
-  MAMBA2_DEVICE void run_task(int ticket) {
-    Walk<kStateOnly> walk;
+  // Gives the ticket after this one, taken when the first loads are on their way.
+  MAMBA2_DEVICE int run_task(int ticket) {
+    int next_ticket = -1;
+    Walk walk;
     walk.begin(args, ticket);
     const Task& task = walk.task;
     Unit units[kUnits] = {uniform(unit_of<kUnits>(args, task.pair, 0))};
@@ -66,11 +70,13 @@ struct Loader {
         s.info[at.stage] = {
             flags_of(walk, next), c.row,     c.token, c.count, c.i_seq, task.pair, task.slot,
             task.segment,         kept_at(c)};
-        load(units, row, token);
+        load(units, row, token, task.backwards);
       }
       at.advance();
       walk.go_to(next);
+      if (next_ticket < 0) next_ticket = take_after(ticket);
     }
+    return next_ticket < 0 ? take_after(ticket) : next_ticket;
   }
   MAMBA2_DEVICE int take_ticket() const {
     return tile::uniform(acts ? ptx::atom_add_relaxed_gpu(args.ticket, 1) : 0);
@@ -84,19 +90,19 @@ struct Loader {
     }
     published.advance();
   }
+  MAMBA2_DEVICE int take_after(int ticket) {
+    const int next = args.ticket ? take_ticket() : ticket_after(args, ticket);
+    publish(next);
+    return next;
+  }
   MAMBA2_DEVICE void run() {
     ptx::prefetch_tensormap(&args.B);
     ptx::prefetch_tensormap(&args.C);
     ptx::prefetch_tensormap(&args.x);
     ptx::griddepcontrol_wait();  // what the scanners read themselves comes after these loads
-    int ticket = args.ticket ? take_ticket() : int(blockIdx.x);
+    int ticket = args.ticket ? take_ticket() : first_ticket(args);
     publish(ticket);
-    while (ticket < args.tasks) {
-      const int next = args.ticket ? take_ticket() : ticket + int(gridDim.x);
-      publish(next);
-      run_task(ticket);
-      ticket = next;
-    }
+    while (ticket < args.tasks) ticket = run_task(ticket);
     s.ring.wait_empty(at);
     __syncwarp();
     if (acts) {
@@ -112,7 +118,7 @@ struct Loader {
 //   diagonal: with 2^(a_i - a_e) of the row, both factors are at most 1.
 // kBuffers warps take chunks in turn, each for a buffer of weights of its own, so that dt of a
 // warp's next chunk has the time of two chunks to arrive. A lane has tokens 2 lane and 2 lane + 1.
-template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
+template <class T, int kN, bool kGate, int kStages>
 struct Decays {
   static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
@@ -120,17 +126,18 @@ struct Decays {
   const FusedScanArgs& args;
   Smem& s;
   const int buffer, lane;
-  Walk<kStateOnly> walk{};
+  Walk walk{};
   tile::RingPosition<kTaskSlots> tickets;
   bool more = true;  // walk is at a chunk, or before the first
   struct HalfInputs {
-    float A = 0.f, bias = 0.f;
     uint32_t dt_bits[2] = {0, 0};
   };
   struct Inputs {
     HalfInputs of[kUnits];
+    float parameter = 0.f;  // lane kUnits k + half: of a head, A (k = 0) and the bias (k = 1)
     bool reset[2] = {false, false};
     int count = 0;
+    bool backwards = false;
   };
   int head[kUnits] = {};
   Inputs next;  // of walk's chunk, dt on its way
@@ -150,11 +157,14 @@ struct Decays {
       MAMBA2_UNROLL
       for (int half = 0; half < kUnits; ++half) {
         const Unit unit = unit_of<kUnits>(args, walk.task.pair, half);
-        HalfInputs& in = next.of[half];
         head[half] = half > 0 && !unit.active ? head[0] : unit.head;  // idle: any that exists
-        in.A = mamba2::load<float>(args.steps.A, head[half]);
-        if (args.steps.dt_bias) in.bias = mamba2::load<float>(args.steps.dt_bias, head[half]);
       }
+      // Loads of different lanes, so that one latency is all that it takes.
+      const AnyFloat &A = args.steps.A, &bias = args.steps.dt_bias;
+      const bool is_bias = (lane & kUnits) != 0;
+      const AnyFloat from{is_bias ? bias.ptr : A.ptr, is_bias ? bias.dtype : A.dtype};
+      const int i_h = lane & (kUnits - 1) ? head[kUnits - 1] : head[0];
+      next.parameter = from ? mamba2::load<float>(from, i_h) : 0.f;
     }
   }
   MAMBA2_DEVICE void step_over(int chunks) {
@@ -180,17 +190,20 @@ struct Decays {
         next.of[half].dt_bits[k] = load_dt_bits(args.steps, at + head[half] * args.steps.dt.h);
       if (args.steps.seq_idx) next.reset[k] = resets(args.steps, c.row, c.token + t);
     }
-    next.count = c.count;
+    next.count = c.count, next.backwards = walk.task.backwards;
   }
   struct Sums {
     float a[2], delta[2];
   };
-  MAMBA2_DEVICE Sums sums_of(const HalfInputs& in, const bool (&reset)[2], int count) const {
+  MAMBA2_DEVICE Sums sums_of(const HalfInputs& in, int half, float parameter,
+                             const bool (&reset)[2], int count) const {
     Sums sums;
+    const float A = __shfl_sync(~0u, parameter, half);
+    const float bias = __shfl_sync(~0u, parameter, kUnits + half);
     MAMBA2_UNROLL
     for (int k = 0; k < 2; ++k) {
       const float dt = dt_of_bits(args.steps, in.dt_bits[k]);
-      const Step step = step_of(args.steps, dt, in.bias, in.A, reset[k]);
+      const Step step = step_of(args.steps, dt, bias, A, reset[k]);
       sums.delta[k] = 2 * lane + k < count ? step.delta : 0.f;
       sums.a[k] = 2 * lane + k < count ? step.a_log2 : 0.f;
     }
@@ -207,11 +220,12 @@ struct Decays {
     MAMBA2_NO_UNROLL
     for (int half = 0; half < kUnits; ++half) {
       sums[0] = sums[kLast];
-      sums[kLast] = sums_of(in.of[0], in.reset, in.count);
+      sums[kLast] = sums_of(in.of[0], half, in.parameter, in.reset, in.count);
       in.of[0] = in.of[kLast];
     }
   }
-  MAMBA2_DEVICE void store(const Sums& of, Weights<T, kUnits>& weights, int half) const {
+  MAMBA2_DEVICE void store(const Sums& of, Weights<T, kUnits>& weights, int half,
+                           bool backwards) const {
     const float *a = of.a, *delta = of.delta;
     const float a_q = __shfl_sync(~0u, a[1], 31), a_block = __shfl_sync(~0u, a[1], lane | 7);
     const auto pair = [&](float* values) -> float2& {
@@ -220,7 +234,7 @@ struct Decays {
     pair(weights.a_log2[half]) = make_float2(a[0], a[1]);
     weights.input_weight[half].pair(lane) =
         make_float2(ptx::ex2(a_q - a[0]) * delta[0], ptx::ex2(a_q - a[1]) * delta[1]);
-    if constexpr (kStateOnly) return;
+    if (backwards) return;
     pair(weights.delta[half]) = make_float2(delta[0], delta[1]);
     pair(weights.column_weight[half]) =
         make_float2(ptx::ex2(a_block - a[0]) * delta[0], ptx::ex2(a_block - a[1]) * delta[1]);
@@ -240,7 +254,8 @@ struct Decays {
         sum(sums, now);
         s.weights_ring.wait_empty(to);
         MAMBA2_UNROLL
-        for (int half = 0; half < kUnits; ++half) store(sums[half], s.weights[buffer], half);
+        for (int half = 0; half < kUnits; ++half)
+          store(sums[half], s.weights[buffer], half, now.backwards);
         s.decays_ring.fill(to);
         s.weights_ring.fill(to);
         to.phase ^= 1;
@@ -270,6 +285,7 @@ struct Storer {
     }
     T* y = static_cast<T*>(args.y_out.ptr) + info.token * args.y_out.l + unit.head * args.y_out.h +
            unit.p_block * kP;
+    MAMBA2_NO_UNROLL
     for (int i = lane; i < info.count * 8; i += 32) {
       if (kPadded && unit.p_block * kP + i % 8 * 8 >= args.p) continue;
       *reinterpret_cast<uint4*>(y + i / 8 * args.y_out.l + i % 8 * 8) =
@@ -279,11 +295,12 @@ struct Storer {
   MAMBA2_DEVICE void run() {
     tile::RingPosition<kStages> at;
     tile::RingPosition<kBuffers> from;
-    for (;; at.advance(), from.advance()) {
+    for (;; at.advance()) {
       s.ring.wait_full(at);
       const StageInfo info = s.info[at.stage];
       if (info.flags & kExit) break;
       s.ring.release(at);  // its info may be written anew
+      if (info.flags & kBackwards) continue;
       MAMBA2_NO_UNROLL
       for (int half = 0; half < kUnits; ++half) {
         const Unit unit = unit_of<kUnits>(args, info.pair, half);
@@ -292,6 +309,7 @@ struct Storer {
       }
       ptx::bulk_wait_group_read<0>();
       for (int half = 0; half < kUnits; ++half) s.y_ring[half].release(from);
+      from.advance();
     }
     ptx::bulk_wait_group<0>();
   }

@@ -8,7 +8,7 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kGate, bool kStateOnly, bool kPadded>
+template <class T, int kN, bool kGate, bool kPadded>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     fused_scan_kernel(const MAMBA2_GRID_CONSTANT FusedScanArgs args) {
 #if MAMBA2_SM90A
@@ -19,7 +19,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   const int thread = threadIdx.x % tile::kWarpgroup;
   if (threadIdx.x == 0) {
     s.tickets_ring.init(1, kBuffers * 32);
-    s.ring.init(1, kScanners * tile::kWarpgroup + (kStateOnly ? 0 : 32));
+    s.ring.init(1, kScanners * tile::kWarpgroup + 32);
     s.decays_ring.init(32, 1);
     s.weights_ring.init(32 + tile::kWarpgroup, kScanners * tile::kWarpgroup);
     for (auto& y_ring : s.y_ring) y_ring.init(kScanners / kUnits * tile::kWarpgroup, 32);
@@ -27,65 +27,56 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
       for (auto& ring : s.exchange.ring) ring.init(tile::kWarpgroup, tile::kWarpgroup);
     ptx::fence_mbarrier_init();
   }
-  for (int i = 0; i < kBuffers * kUnits; ++i)  // blocks above the diagonal are never written again
-    tile::zero_rows<kQ>(s.weights[i / kUnits].scores[i % kUnits], 0, threadIdx.x, kThreads);
-  ptx::fence_proxy_async_shared();
   __syncthreads();
   if (role == kFeeders) {
-    ptx::setmaxnreg_dec<kFeederRegisters>();
+    ptx::setmaxnreg_dec<feeder_registers(kN)>();
     const int warp = tile::uniform(thread / 32), lane = thread % 32;
     if (warp == kStorer) {
-      if constexpr (!kStateOnly) Storer<T, kN, kGate, kStages, kPadded>{args, s, lane}.run();
+      Storer<T, kN, kGate, kStages, kPadded>{args, s, lane}.run();
     } else if (warp >= kFirstDecays) {
-      Decays<T, kN, kGate, kStages, kStateOnly>(args, s, warp - kFirstDecays, lane).run();
+      Decays<T, kN, kGate, kStages>(args, s, warp - kFirstDecays, lane).run();
     } else {
-      Loader<T, kN, kGate, kStages, kStateOnly>{args, s, lane == 0, {}, {}}.run();
+      Loader<T, kN, kGate, kStages>{args, s, lane == 0, {}, {}}.run();
     }
   } else if (role == kScorer) {
-    ptx::setmaxnreg_dec<kScorerRegisters>();
-    Scorer<T, kN, kGate, kStages, kStateOnly>(args, s, thread).run();
+    ptx::setmaxnreg_dec<scorer_registers(kN)>();
+    Scorer<T, kN, kGate, kStages>(args, s, thread).run();
   } else {
-    ptx::setmaxnreg_inc<kScannerRegisters>();
-    Scanner<T, kN, kGate, kStages, kStateOnly, kPadded> scanner(args, s, role - kFirstScanner,
-                                                                thread);
-    if constexpr (kStateOnly)
-      scanner.run_backwards();
-    else
-      scanner.run_forwards();
+    ptx::setmaxnreg_inc<scanner_registers(kN)>();
+    Scanner<T, kN, kGate, kStages, kPadded>(args, s, role - kFirstScanner, thread).run();
   }
 #endif
 }
 
-template <class T, int kN, bool kGate, bool kStateOnly, bool kPadded>
+template <class T, int kN, bool kGate, bool kPadded>
 int run(const FusedScanArgs& args, int sm_count, void* stream) {
   LaunchShape at;
-  at.grid = dim3(args.tasks < sm_count ? args.tasks : sm_count);
+  const int tasks = args.tasks - args.prefixes;  // whose prefixes are no blocks of their own
+  at.grid = dim3(tasks < sm_count ? tasks : sm_count);
   at.threads = kThreads;
   at.programmatic = true;  // blocks set up while the kernel before ends
   at.smem_bytes = sizeof(FusedScanSmem<T, kN, kGate, fused_scan_stages<T, kN, kGate>()>);
   at.tile = {kQ, kP, kN, fused_scan_stages<T, kN, kGate>()};
-  return launch(fused_scan_kernel<T, kN, kGate, kStateOnly, kPadded>, at, stream, args);
+  return launch(fused_scan_kernel<T, kN, kGate, kPadded>, at, stream, args);
 }
 
 template <class T, int kN, bool kPadded>
-int run_mode(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, void* stream) {
-  if (state_only) return run<T, kN, false, true, kPadded>(args, sm_count, stream);
-  return gate ? run<T, kN, true, false, kPadded>(args, sm_count, stream)
-              : run<T, kN, false, false, kPadded>(args, sm_count, stream);
+int run_mode(const FusedScanArgs& args, bool gate, int sm_count, void* stream) {
+  return gate ? run<T, kN, true, kPadded>(args, sm_count, stream)
+              : run<T, kN, false, kPadded>(args, sm_count, stream);
 }
 
 template <class T, bool kPadded>
-int run_n(const FusedScanArgs& args, bool gate, bool state_only, int sm_count, void* stream) {
-  if (args.n == 64) return run_mode<T, 64, kPadded>(args, gate, state_only, sm_count, stream);
-  if (args.n == 128) return run_mode<T, 128, kPadded>(args, gate, state_only, sm_count, stream);
-  return run_mode<T, 256, kPadded>(args, gate, state_only, sm_count, stream);
+int run_n(const FusedScanArgs& args, bool gate, int sm_count, void* stream) {
+  if (args.n == 64) return run_mode<T, 64, kPadded>(args, gate, sm_count, stream);
+  if (args.n == 128) return run_mode<T, 128, kPadded>(args, gate, sm_count, stream);
+  return run_mode<T, 256, kPadded>(args, gate, sm_count, stream);
 }
 
 template <bool kPadded>
-int run_dtype(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
-              void* stream) {
-  return dtype == DType::bf16 ? run_n<bf16, kPadded>(args, gate, state_only, sm_count, stream)
-                              : run_n<f16, kPadded>(args, gate, state_only, sm_count, stream);
+int run_dtype(const FusedScanArgs& args, DType dtype, bool gate, int sm_count, void* stream) {
+  return dtype == DType::bf16 ? run_n<bf16, kPadded>(args, gate, sm_count, stream)
+                              : run_n<f16, kPadded>(args, gate, sm_count, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

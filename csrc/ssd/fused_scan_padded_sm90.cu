@@ -3,9 +3,9 @@
 
 namespace mamba2::ssd::sm90 {
 
-int fused_scan_padded(const FusedScanArgs& args, DType dtype, bool gate, bool state_only,
-                      int sm_count, void* stream) {
-  return run_dtype<true>(args, dtype, gate, state_only, sm_count, stream);
+int fused_scan_padded(const FusedScanArgs& args, DType dtype, bool gate, int sm_count,
+                      void* stream) {
+  return run_dtype<true>(args, dtype, gate, sm_count, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

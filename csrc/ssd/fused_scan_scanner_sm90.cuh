@@ -3,167 +3,38 @@
 // half the tokens; what its columns give to y of the other tokens goes to the other scanner.
 #pragma once
 #include "formulas.cuh"
-#include "fused_scan_sm90.cuh"
+#include "fused_scan_ends_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kGate, int kStages, bool kStateOnly, bool kPadded>
-struct Scanner {
+template <class T, int kN, bool kGate, int kStages, bool kPadded>
+struct Scanner : StateEnds<kN, kPadded> {
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
-  static constexpr int kUnits = units_per_block(kN), kParts = parts_per_unit(kN);
-  static constexpr int kColumns = kN / kParts, kTokens = kQ / kParts;
-  using State = float[kColumns / 2];  // (64 p, columns) of one unit, an accumulator
+  using Ends = StateEnds<kN, kPadded>;
+  using Ends::args, Ends::unit, Ends::half, Ends::part, Ends::thread, Ends::me, Ends::D;
+  using Ends::kUnits, Ends::kParts, Ends::kColumns;
+  using typename Ends::State;
+  static constexpr int kTokens = kQ / kParts;
   using Product = float[kQ / 2];      // (64 p, 64 tokens)
   using Output = float[kTokens / 2];  // (64 p, own tokens)
   using Tokens = uint32_t[kQ / 4];    // x of the chunk, transposed: A fragments (p, tokens)
   using OwnTokens = uint32_t[kTokens / 4];
 
-  const FusedScanArgs& args;
   Smem& s;
-  const int half, part, thread;  // the unit's place in the block, the scanner's in the unit
-  const tile::Lane me;
-  Unit unit{};
   tile::RingPosition<1> exchanged{};
-  float D[2] = {0.f, 0.f};
 
   MAMBA2_DEVICE Scanner(const FusedScanArgs& args, Smem& s, int scanner, int thread)
-      : args(args),
-        s(s),
-        half(scanner / kParts),
-        part(scanner % kParts),
-        thread(thread),
-        me(thread) {}
-
-  MAMBA2_DEVICE void sync() const {
-    ptx::bar_sync(kFirstScanner + half * kParts + part, tile::kWarpgroup);
-  }
-
-  // ---- the state at the ends of a run ----
-  // Whether a row of the state is a channel, and not what pads p to 64.
-  MAMBA2_DEVICE bool exists(int r) const { return unit.p_block * kP + me.row(r) < args.p; }
-  // The channel of a row. Padding reads what the last channel has: nothing of it is ever stored,
-  // and a load that is always made needs no register for whether it was.
-  MAMBA2_DEVICE int channel(int r) const {
-    const int p = unit.p_block * kP + me.row(r);
-    return kPadded && p >= args.p ? args.p - 1 : p;
-  }
-  MAMBA2_DEVICE int64_t state_offset(int i_seq, int e) const {  // into (nseq, h, p, n)
-    const int p = channel((e >> 1) & 1), n = part * kColumns + me.column(e / 4);
-    return ((int64_t(i_seq) * args.h + unit.head) * args.p + p) * args.n + n;
-  }
-  MAMBA2_DEVICE float* carry(
-      int slot) const {  // (n / 8, 128 threads, 4): in the order of registers
-    return args.carry + ((int64_t(slot) * args.units + unit.index) * kP * kN) +
-           part * kColumns * kP + thread * 4;
-  }
-  MAMBA2_DEVICE int* flag_of(int slot) const {
-    return args.flags + (slot * kParts + part) * args.units + unit.index;
-  }
-  static MAMBA2_DEVICE void clear(State& S) {
-    MAMBA2_UNROLL
-    for (int e = 0; e < kColumns / 2; ++e) S[e] = 0.f;
-  }
-  // S + decay (what the sequence starts from)
-  MAMBA2_DEVICE void add_initial_state(State& S, int i_seq, float decay) const {
-    if (!args.initial_states || !unit.active) return;
-    MAMBA2_UNROLL
-    for (int e = 0; e < kColumns / 2; e += 2) {
-      const int64_t at = state_offset(i_seq, e);
-      S[e] = fmaf(decay, mamba2::load<float>(args.initial_states, at), S[e]);
-      S[e + 1] = fmaf(decay, mamba2::load<float>(args.initial_states, at + 1), S[e + 1]);
-    }
-  }
-  MAMBA2_DEVICE void finish_sequence(const State& S, int i_seq) const {
-    MAMBA2_UNROLL
-    for (int e = 0; e < kColumns / 2; e += 2)
-      if (!kPadded || exists((e >> 1) & 1))
-        *reinterpret_cast<float2*>(args.final_states + state_offset(i_seq, e)) =
-            make_float2(S[e], S[e + 1]);
-  }
-  // S = the carry of a slot, or with what came before it: 2^through S + carry.
-  MAMBA2_DEVICE void add_carry(State& S, int slot, bool alone) const {
-    const float* from = carry(slot);
-    const bool first = alone || slot == 0;
-    const float through =
-        first ? 0.f : ptx::ex2(args.through_log2[int64_t(slot) * args.units + unit.index]);
-    MAMBA2_UNROLL
-    for (int i = 0; i < kColumns / 8; ++i) {
-      const float4 v = ptx::ld_cg_v4(from + i * tile::kWarpgroup * 4);
-      float* at = S + 4 * i;
-      at[0] = first ? v.x : fmaf(through, at[0], v.x),
-      at[1] = first ? v.y : fmaf(through, at[1], v.y);
-      at[2] = first ? v.z : fmaf(through, at[2], v.z),
-      at[3] = first ? v.w : fmaf(through, at[3], v.w);
-    }
-  }
-  MAMBA2_DEVICE void load_carry(State& S, const StageInfo& info) const {
-    if (!unit.active) return;
-    if (args.schedule == Schedule::tickets) {
-      const int* flag = flag_of(info.slot);
-      while (ptx::ld_acquire_gpu(flag) < info.segment) ptx::nanosleep(64);
-    }
-    const bool is_sum = args.schedule == Schedule::tickets || args.carry_is_sum;
-    MAMBA2_NO_UNROLL
-    for (int k = is_sum ? info.slot : 0; k < info.slot + is_sum; ++k) add_carry(S, k, is_sum);
-  }
-  MAMBA2_DEVICE void store_carry(const State& S, const StageInfo& info) const {
-    float* to = carry(info.slot);
-    MAMBA2_UNROLL
-    for (int i = 0; i < kColumns / 8; ++i)
-      *reinterpret_cast<float4*>(to + i * tile::kWarpgroup * 4) =
-          make_float4(S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]);
-    if (args.schedule == Schedule::tickets) {
-      sync();
-      if (thread == 0) ptx::st_release_gpu(flag_of(info.slot), info.segment + 1);
-    }
-  }
-  MAMBA2_DEVICE void begin_task(const StageInfo& info) {
-    unit = unit_of<kUnits>(args, info.pair, half);
-    if (kStateOnly || !args.D || !unit.active) return;
-    MAMBA2_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      D[r] =
-          mamba2::load<float>(args.D, args.D_per_channel ? int64_t(unit.head) * args.p + channel(r)
-                                                         : int64_t(unit.head));
-    }
-  }
-  MAMBA2_DEVICE void enter_run(State& S, const StageInfo& info) {
-    if (info.flags & kBeginsTask) begin_task(info);
-    if (info.flags & kBeginsSequence) {
-      clear(S);
-      add_initial_state(S, info.i_seq, 1.f);
-    } else {
-      load_carry(S, info);
-    }
-  }
-  MAMBA2_DEVICE void leave_run(const State& S, const StageInfo& info) const {
-    if (!unit.active) return;
-    if (info.flags & kEndsSequence) {
-      if (args.final_states) finish_sequence(S, info.i_seq);
-    } else if (args.schedule == Schedule::tickets) {
-      store_carry(S, info);
-    }
-  }
-  // Pass one: what a run adds, and how much it lets through. ssd_segment_state: a whole sequence.
-  MAMBA2_DEVICE void store_added(State& S, const StageInfo& info, float through_log2) const {
-    if (!unit.active) return;
-    const bool begins = info.flags & kBeginsSequence;
-    if (begins) add_initial_state(S, info.i_seq, ptx::ex2(through_log2));
-    if (args.final_states) return finish_sequence(S, info.i_seq);
-    store_carry(S, info);
-    if (thread == 0 && part == 0)
-      args.through_log2[int64_t(info.slot) * args.units + unit.index] =
-          begins ? -1e30f : through_log2;
-  }
+      : Ends(args, scanner, thread), s(s) {}
 
   // ---- the steps of a chunk ----
   // w_j x_j, rounded: the A fragments of what enters the state. decay: what is left of it later.
+  template <bool kDecays>
   MAMBA2_DEVICE void weigh_inputs(Tokens& weighted, const Tokens& x,
                                   const TokenValues& input_weight, float decay = 1.f) const {
     MAMBA2_UNROLL
     for (int step = 0; step < kQ / 16; ++step) {
       float4 w = input_weight.of_lane(me.lane, step);
-      if constexpr (kStateOnly) w.x *= decay, w.y *= decay, w.z *= decay, w.w *= decay;
+      if constexpr (kDecays) w.x *= decay, w.y *= decay, w.z *= decay, w.w *= decay;
       MAMBA2_UNROLL
       for (int i = 0; i < 4; ++i) {  // rows: i % 2, columns: i / 2
         const float2 v = unpack2<T>(x[4 * step + i]);
@@ -272,10 +143,10 @@ struct Scanner {
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; ++e) S[e] *= chunk_decay;
     ptx::wgmma_fence_operand(S);  // under the product
-    if constexpr (kParts > 1) weigh_inputs(x_weighted, x, weights.input_weight[half]);
+    if constexpr (kParts > 1) weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(Y);
-    if constexpr (kParts == 1) weigh_inputs(x_weighted, x, weights.input_weight[half]);
+    if constexpr (kParts == 1) weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
     add_inputs(S, x_weighted, stage);
     auto& own_Y = tile::front<kTokens / 2>(Y);
     Output sent;
@@ -310,66 +181,27 @@ struct Scanner {
     to.advance();
   }
 
-  MAMBA2_DEVICE void run_forwards() {
-    State S;
-    OwnTokens y;           // of the chunk before, rounded
-    bool y_waits = false;  // to be handed over, under this chunk's S C^T
-    bool enters = true;    // a run or a sequence begins, or nothing follows
-    int kept_at = 1;       // as StageInfo's, counted along: reading it would delay every chunk
-    tile::RingPosition<kStages> at;
-    tile::RingPosition<kBuffers> from, to;
-    for (;; at.advance(), from.advance(), kept_at += args.kept_states != nullptr) {
-      s.ring.wait_full(at);
-      const auto& info = s.info[at.stage];
-      const auto& stage = s.stage[at.stage];
-      const auto& weights = s.weights[from.stage];
-      if (enters) {
-        if (y_waits) hand_over(y, to);
-        y_waits = false;
-        if (tile::uniform(info.flags) & kExit) return;
-        enter_run(S, info);
-        kept_at = tile::uniform(info.kept_at);
-      }
-      Product Y;
-      read_state(Y, S, stage.C, kept_at);
-      if (y_waits) hand_over(y, to);
-      s.weights_ring.wait_full(from);
-      add_chunk(S, Y, stage, weights);
-      if constexpr (kGate) gate(tile::front<kTokens / 2>(Y), stage.z[half]);
-      s.weights_ring.release(from);
-      const int flags = tile::uniform(info.flags);
-      enters = (flags & (kEndsTask | kEndsSequence)) != 0;
-      if (enters) leave_run(S, info);
-      s.ring.release(at);
-      tile::round_to_fragments<T>(y, tile::front<kTokens / 2>(Y));
-      y_waits = true;
-    }
-  }
-  // x of pass one's chunk, weighed by what is left of it at the run's end.
+  // x of a chunk, weighed by what is left of it at the run's end.
   MAMBA2_DEVICE void weigh_backwards(Tokens& weighted, const T* s_x,
                                      tile::RingPosition<kBuffers>& from, float& through_log2) {
     const auto& weights = s.weights[from.stage];
     s.weights_ring.wait_full(from);
     Tokens x;
     tile::load_transposed<kQ / 16>(x, s_x, me);
-    weigh_inputs(weighted, x, weights.input_weight[half], ptx::ex2(through_log2));
+    weigh_inputs<true>(weighted, x, weights.input_weight[half], ptx::ex2(through_log2));
     through_log2 += weights.a_log2[half][kQ - 1];
     s.weights_ring.release(from);
     from.advance();
   }
-  // Pass one, from a run's last chunk to its first: a chunk's product runs while the next chunk's x
-  // is weighed. It is waited for in the same turn of the loop: only so far does the assembler keep
-  // the registers that it reads.
-  MAMBA2_DEVICE void run_backwards() {
-    State S;
+  // What the tasks add whose chunks come backwards, up to a stage of another: a chunk's product
+  // runs while the next chunk's x is weighed. It is waited for in the same turn of the loop: only
+  // so far does the assembler keep the registers that it reads.
+  MAMBA2_DEVICE void sum_up(State& S, tile::RingPosition<kStages>& at,
+                            tile::RingPosition<kBuffers>& from) {
     Tokens weighted, next;
-    tile::RingPosition<kStages> at;
-    tile::RingPosition<kBuffers> from;
-    for (;; at.advance()) {
-      s.ring.wait_full(at);
-      if (tile::uniform(s.info[at.stage].flags) & kExit) return;
-      begin_task(s.info[at.stage]);
-      clear(S);
+    while (tile::uniform(s.info[at.stage].flags) & kBackwards) {
+      this->begin_task(s.info[at.stage]);
+      this->clear(S);
       float through_log2 = 0.f;  // from behind the chunk to the run's end
       weigh_backwards(weighted, s.stage[at.stage].x[half], from, through_log2);
       for (;;) {
@@ -388,8 +220,49 @@ struct Scanner {
         MAMBA2_UNROLL
         for (int i = 0; i < kQ / 4; ++i) weighted[i] = next[i];
       }
-      store_added(S, s.info[at.stage], through_log2);
+      this->finish_sum(S, s.info[at.stage], through_log2);
       s.ring.release(at);
+      at.advance();
+      s.ring.wait_full(at);
+    }
+  }
+
+  MAMBA2_DEVICE void run() {
+    State S;
+    OwnTokens y;           // of the chunk before, rounded
+    bool y_waits = false;  // to be handed over, under this chunk's S C^T
+    bool enters = true;    // a run or a sequence begins, or nothing follows
+    int kept_at = 1;       // as StageInfo's, counted along: reading it would delay every chunk
+    tile::RingPosition<kStages> at;
+    tile::RingPosition<kBuffers> from, to;
+    for (;; at.advance(), from.advance(), kept_at += args.kept_states != nullptr) {
+      s.ring.wait_full(at);
+      if (enters) {
+        if (y_waits) hand_over(y, to);
+        y_waits = false;
+        sum_up(S, at, from);
+      }
+      const auto& info = s.info[at.stage];
+      const auto& stage = s.stage[at.stage];
+      const auto& weights = s.weights[from.stage];
+      if (enters) {
+        if (tile::uniform(info.flags) & kExit) return;
+        this->enter_run(S, info);
+        kept_at = tile::uniform(info.kept_at);
+      }
+      Product Y;
+      read_state(Y, S, stage.C, kept_at);
+      if (y_waits) hand_over(y, to);
+      s.weights_ring.wait_full(from);
+      add_chunk(S, Y, stage, weights);
+      if constexpr (kGate) gate(tile::front<kTokens / 2>(Y), stage.z[half]);
+      s.weights_ring.release(from);
+      const int flags = tile::uniform(info.flags);
+      enters = (flags & (kEndsTask | kEndsSequence)) != 0;
+      if (enters) this->leave_run(S, info);
+      s.ring.release(at);
+      tile::round_to_fragments<T>(y, tile::front<kTokens / 2>(Y));
+      y_waits = true;
     }
   }
 };

@@ -5,7 +5,7 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kGate, int kStages, bool kStateOnly>
+template <class T, int kN, bool kGate, int kStages>
 struct Scorer {
   static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
@@ -99,28 +99,33 @@ struct Scorer {
   }
 
   MAMBA2_DEVICE void run() {
+    for (int i = 0; i < kBuffers * kUnits; ++i)  // above the diagonal nothing is written again
+      tile::zero_rows<kQ>(s.weights[i / kUnits].scores[i % kUnits], 0, thread, tile::kWarpgroup);
+    ptx::bar_sync(1, tile::kWarpgroup);
     tile::RingPosition<kStages> at;
     tile::RingPosition<kBuffers> to;
     for (;; at.advance(), to.advance()) {
       s.ring.wait_full(at);
       const StageInfo& info = s.info[at.stage];
-      if (info.flags & kExit) return;
+      const int flags = tile::uniform(info.flags);
+      if (flags & kExit) return;
       auto& stage = s.stage[at.stage];
       if (args.chunking.table && info.count < kQ) clear_tail(stage, info.count);
+      if (flags & kBackwards) {
+        s.decays_ring.wait_full(to);
+        s.weights_ring.fill(to);
+        continue;
+      }
       Scores scores;
-      if constexpr (!kStateOnly) {
-        ptx::wgmma_fence();
-        tile::product_ss<T, kQ, kN / 16>(scores, tile::KMajor<kQ>{stage.C},
-                                         tile::KMajor<kQ>{stage.B}, false);
-        ptx::wgmma_commit_group();
-      }
+      ptx::wgmma_fence();
+      tile::product_ss<T, kQ, kN / 16>(scores, tile::KMajor<kQ>{stage.C}, tile::KMajor<kQ>{stage.B},
+                                       false);
+      ptx::wgmma_commit_group();
       s.decays_ring.wait_full(to);  // and so the buffer is empty
-      if constexpr (!kStateOnly) {
-        ptx::wgmma_wait_group<0>();
-        ptx::wgmma_fence_operand(scores);
-        weigh_units(scores, s.weights[to.stage]);
-        ptx::fence_proxy_async_shared();
-      }
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(scores);
+      weigh_units(scores, s.weights[to.stage]);
+      ptx::fence_proxy_async_shared();
       s.weights_ring.fill(to);
     }
   }

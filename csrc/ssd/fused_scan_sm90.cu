@@ -20,11 +20,10 @@ int clear_words(int* words, int count, void* stream) {
   return launch(clear_words_kernel, at, stream, words, count);
 }
 
-int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
-               void* stream) {
+int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, int sm_count, void* stream) {
   const Range range("fused_scan");
-  return args.p % kP == 0 ? run_dtype<false>(args, dtype, gate, state_only, sm_count, stream)
-                          : fused_scan_padded(args, dtype, gate, state_only, sm_count, stream);
+  return args.p % kP == 0 ? run_dtype<false>(args, dtype, gate, sm_count, stream)
+                          : fused_scan_padded(args, dtype, gate, sm_count, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

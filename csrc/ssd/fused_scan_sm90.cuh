@@ -22,10 +22,12 @@
 // Work: tasks (pair, run of chunks), persistent blocks.
 //   tickets:  runs follow one another through a fp32 carry in global memory, in ticket order (a
 //             task waits only for one with a smaller ticket): exact, any cut gives the same bits.
-//   segments: runs start from known states: pass one (kStateOnly) computes what each run adds, from
+//   segments: runs start from known states: pass one (backwards) computes what each run adds, from
 //             its last chunk to its first, with decays up to the run's end, so that the sum is
 //             never scaled; pass two adds up those before each run (many: segment_scan has done so)
 //             and runs all of them at once.
+//   prefixes: few rows that do not fill the card: each is cut into few runs, and the block of a
+//             later run sums up itself, as pass one does, what comes before it in the row.
 // Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), two buffers of
 // weights and of y: 218 KB at n = 128, 199 at n = 256. Registers: scorer 96, scanner 184.
 // Bound: tensor pipe, HBM, shared memory and issue slots within 1.5x of each other; see
@@ -52,9 +54,13 @@ constexpr int parts_per_unit(int n) { return kScanners / units_per_block(n); }
 enum Role : int { kFeeders = 0, kScorer = 1, kFirstScanner = 2 };
 enum Feeder : int { kLoader = 0, kFirstDecays = 1, kStorer = kFirstDecays + kBuffers };  // warps
 // What one SM has: 512 registers for the four threads, one of each role, together.
-constexpr int kFeederRegisters = 48, kScorerRegisters = 96, kScannerRegisters = 184;
+constexpr int feeder_registers(int n) { return units_per_block(n) > 1 ? 48 : 40; }
+constexpr int scorer_registers(int n) { return units_per_block(n) > 1 ? 96 : 72; }
+constexpr int scanner_registers(int n) {
+  return (512 - feeder_registers(n) - scorer_registers(n)) / kScanners;
+}
 
-enum class Schedule : int { tickets, segments };
+enum class Schedule : int { tickets = kTickets, segments = kSegments, prefixes = kPrefixes };
 
 struct FusedScanArgs {
   ptx::TensorMap x, B, C, z, y;  // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
@@ -71,16 +77,22 @@ struct FusedScanArgs {
   StridedOut y_out;  // for ragged tails of packed sequences
   Schedule schedule;
   int tasks, segment_chunks;
-  int* ticket;          // (1), or none: block i takes tasks i, i + blocks, ...
-  int* flags;           // (rows, parts, units): segments of the row that are done
-  float* carry;         // tickets: (rows, units, 64 n); segments: (segments, units, 64 n)
-  bool carry_is_sum;    // segments: what enters the run, and not what the run adds
-  float* through_log2;  // (segments, units): log2 of what a segment lets through
+  bool pass_one;           // segments: this is it; ssd_segment_state: the only pass
+  int prefixes;            // the first so many tasks sum up what comes before other tasks' runs
+  int run_ends[kMaxRuns];  // prefixes: of every row, chunks
+  int* ticket;             // (1), or none: block i takes tasks i, i + blocks, ...
+  int* flags;              // (rows, parts, units): segments of the row that are done
+  float* carry;            // tickets: (rows, units, 64 n); segments: (segments, units, 64 n)
+  bool carry_is_sum;       // segments: what enters the run, and not what the run adds
+  float* through_log2;     // (segments, units): log2 of what a segment lets through
 
-  int p_blocks, units, units_per_group, pairs_per_group, pairs;  // set_units()
+  int units, units_per_group;                                // set_units()
+  Divisor p_blocks, pairs_per_group, pairs, rows_and_pairs;  // the last: all rows'
   void set_units() {
-    p_blocks = ceil_div(p, kP), units = h * p_blocks, units_per_group = units / g;
-    pairs_per_group = ceil_div(units_per_group, units_per_block(n)), pairs = g * pairs_per_group;
+    p_blocks = Divisor(ceil_div(p, kP));
+    units = h * p_blocks.value, units_per_group = units / g;
+    pairs_per_group = Divisor(ceil_div(units_per_group, units_per_block(n)));
+    pairs = Divisor(g * pairs_per_group.value), rows_and_pairs = Divisor(rows * pairs.value);
   }
 };
 
@@ -99,40 +111,61 @@ MAMBA2_DEVICE Unit unit_of(const FusedScanArgs& args, int pair, int half) {
 struct Task {
   int pair, slot, segment;  // slot: where its carry lies
   int begin, end;           // chunks
+  bool backwards;           // from the last chunk to the first: only what they add to the state
 };
+// Schedule::prefixes: tickets are the prefixes of all rows' later runs, these runs, the first runs.
+MAMBA2_DEVICE Task task_of_row(const FusedScanArgs& args, int ticket) {
+  const bool prefix = ticket < args.prefixes;
+  const int index = prefix ? ticket : ticket - args.prefixes, round = index / args.rows_and_pairs;
+  const int pair = index % args.pairs, run = index < args.prefixes ? round + 1 : 0;
+  const int row = (index / args.pairs) - round * args.rows;
+  const int chunk = args.chunking.first(row), start = run == 0 ? 0 : args.run_ends[run - 1];
+  if (prefix) return {pair, row, run, chunk, chunk + start, true};
+  return {pair, row, run, chunk + start, chunk + args.run_ends[run], false};
+}
 MAMBA2_DEVICE Task task_of(const FusedScanArgs& args, int ticket) {
-  const int pairs = args.pairs, pair = ticket % pairs;
+  if (args.schedule == Schedule::prefixes) return task_of_row(args, ticket);
+  const int pair = ticket % args.pairs;
   if (args.schedule == Schedule::segments) {
-    const int segment = ticket / pairs, begin = segment * args.segment_chunks;
+    const int segment = ticket / args.pairs, begin = segment * args.segment_chunks;
     const int end = min(begin + args.segment_chunks, args.chunking.first(args.rows));
-    return {pair, segment, segment, begin, end};
+    return {pair, segment, segment, begin, end, args.pass_one};
   }
-  const int row = ticket / pairs % args.rows, segment = ticket / pairs / args.rows;
+  const int segment = ticket / args.rows_and_pairs;
+  const int row = ticket / args.pairs - segment * args.rows;
   const int begin = args.chunking.first(row) + segment * args.segment_chunks;
   const int end = args.chunking.first(row) + args.chunking.count(row);
-  return {pair, row, segment, begin, min(begin + args.segment_chunks, end)};
+  return {pair, row, segment, begin, min(begin + args.segment_chunks, end), args.pass_one};
+}
+// The tickets of a block. A prefix is followed by its run, which takes the sum from the registers.
+MAMBA2_DEVICE int first_ticket(const FusedScanArgs& args) {
+  const int block = int(blockIdx.x);
+  return block < args.prefixes ? block : block + args.prefixes;
+}
+MAMBA2_DEVICE int ticket_after(const FusedScanArgs& args, int ticket) {
+  if (ticket < args.prefixes) return ticket + args.prefixes;
+  return ticket < 2 * args.prefixes ? args.tasks : ticket + int(gridDim.x) - args.prefixes;
 }
 
 // The chunks of tasks one after another, for the warps that run ahead of the others. Backwards:
 // from a run's last chunk to its first, or to the first of the sequence that leaves it.
-template <bool kBackwards>
 struct Walk {
   Task task;
   int i;
   Chunk chunk;  // i_seq < 0: the task has no more
   MAMBA2_DEVICE void begin(const FusedScanArgs& args, int ticket) {
     task = task_of(args, ticket);
-    i = kBackwards ? task.end - 1 : task.begin;
+    i = first();
     chunk = task.begin < task.end ? args.chunking.at(i) : Chunk{-1};
   }
-  MAMBA2_DEVICE bool at_first() const { return i == (kBackwards ? task.end - 1 : task.begin); }
+  MAMBA2_DEVICE int first() const { return task.backwards ? task.end - 1 : task.begin; }
   MAMBA2_DEVICE bool exists() const { return chunk.i_seq >= 0; }
   MAMBA2_DEVICE Chunk following(const FusedScanArgs& args, int n = 1) const {
-    const bool exists = kBackwards ? n <= min(i - task.begin, chunk.i_c) : i + n < task.end;
-    return exists ? args.chunking.after(chunk, i, kBackwards ? -n : n) : Chunk{-1};
+    const int left = task.backwards ? min(i - task.begin, chunk.i_c) : task.end - 1 - i;
+    return n <= left ? args.chunking.after(chunk, i, task.backwards ? -n : n) : Chunk{-1};
   }
   MAMBA2_DEVICE void go_to(const Chunk& following, int n = 1) {
-    chunk = following, i += kBackwards ? -n : n;
+    chunk = following, i += task.backwards ? -n : n;
   }
 };
 
@@ -142,7 +175,8 @@ enum StageFlag : int {
   kBeginsTask = 2,
   kEndsTask = 4,
   kBeginsSequence = 8,
-  kEndsSequence = 16
+  kEndsSequence = 16,
+  kBackwards = 32
 };
 struct alignas(16) StageInfo {
   int flags, row, token, count;  // first: what every chunk wants, in one load

@@ -4,12 +4,11 @@
 
 namespace mamba2::ssd::sm90 {
 
-// One pass over all tasks. state_only: pass one of the segments schedule.
-int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, bool state_only, int sm_count,
-               void* stream);
+// One pass over all tasks.
+int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, int sm_count, void* stream);
 // The same where 64 does not divide p; fused_scan calls it.
-int fused_scan_padded(const FusedScanArgs& args, DType dtype, bool gate, bool state_only,
-                      int sm_count, void* stream);
+int fused_scan_padded(const FusedScanArgs& args, DType dtype, bool gate, int sm_count,
+                      void* stream);
 
 // Sets tickets and flags to 0 before a fused_scan that has some.
 int clear_words(int* words, int count, void* stream);

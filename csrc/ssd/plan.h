@@ -38,11 +38,15 @@ struct Problem {
   bool D_per_channel = false;
 };
 
+// Tier sm90: the most runs that a row is cut into if every run sums up itself what comes before it.
+constexpr int kMaxRuns = 4;
+
 struct Plan {
   Tier tier = Tier::any;
   int q = 64;                    // chunk length, tokens
   int variant = 0;               // tier's own
   int segment_chunks = 0;        // chunks per segment (0: whole sequences)
+  int run_ends[kMaxRuns] = {};   // tier sm90: where a row's runs end, chunks (0: no more runs)
   bool batch_invariant = false;  // nothing may depend on b or on what a sequence is packed with
   const char* reason = "";
 };

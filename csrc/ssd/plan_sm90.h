@@ -5,7 +5,7 @@
 namespace mamba2::ssd::sm90 {
 
 // Plan::variant. Forced by bits 4..7 of the op schemas' plan.
-constexpr int kTickets = 1, kSegments = 2;
+constexpr int kTickets = 1, kSegments = 2, kPrefixes = 3;
 
 // A unit is one head's block of 64 channels. A block of threads takes two of one group; with
 // n = 256 one, whose state takes the registers of both scanners.
@@ -15,7 +15,14 @@ constexpr int units_per_block(int n) { return n > 128 ? 1 : 2; }
 // (MAMBA2_SM90A). A build for the CPU, asked about a card, answers as if it had.
 bool is_built();
 
-// Completes a plan of tier sm90: q, variant, segment_chunks, reason.
+// How many runs a row has: of kPrefixes.
+inline int runs_of(const Plan& plan) {
+  int runs = 0;
+  while (runs < kMaxRuns && plan.run_ends[runs] > 0) ++runs;
+  return runs;
+}
+
+// Completes a plan of tier sm90: q, variant, segment_chunks, run_ends, reason.
 void plan_forward(const Problem& problem, const Device& device, Plan* plan);
 
 }  // namespace mamba2::ssd::sm90

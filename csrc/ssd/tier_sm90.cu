@@ -1,4 +1,6 @@
 // Tier sm90, forward: fused_scan in one or two passes.
+#include <algorithm>
+
 #include "../core/tensor_map.h"
 #include "../core/workspace.h"
 #include "fused_scan_sm90.h"
@@ -15,7 +17,8 @@ constexpr int kFewSegments = 5;
 
 // Device memory of a forward, and how its work is cut.
 struct Layout {
-  int units, segments, tasks;
+  int units, segments;  // segments: of a row, or of all (two passes)
+  int tasks, prefixes;
   int word_count;  // of tickets and flags; 0: no task waits for another
   void *chunking, *kept_chunking;
   int* words;           // the ticket, then flags
@@ -23,22 +26,25 @@ struct Layout {
   float* through_log2;  // (segments, units)
 
   Layout(const Shape& shape, const Plan& plan, bool keeps, Workspace& memory) {
-    const bool tickets = plan.variant == kTickets;
+    const bool tickets = plan.variant == kTickets, passes = plan.variant == kSegments;
     const int64_t chunks = shape.chunks(kQ), rows = shape.nseq;
     const int64_t row_chunks = shape.packed ? chunks : chunks / (rows > 0 ? rows : 1);
-    const int64_t in_row = ceil_div(tickets ? row_chunks : chunks, int64_t(plan.segment_chunks));
+    const int64_t cut = ceil_div(passes ? chunks : row_chunks, int64_t(plan.segment_chunks));
+    const int64_t in_row = plan.variant == kPrefixes ? runs_of(plan) : cut;
     const bool chained = tickets && in_row > 1;
-    const int64_t slots = tickets ? (chained ? rows : 0) : in_row;
+    const int64_t slots = passes ? in_row : chained ? rows : 0;
     units = shape.h * ceil_div(shape.p, kP);
     segments = int(in_row);
     const int blocks_per_group = ceil_div(units / shape.g, units_per_block(shape.n));
-    tasks = int((tickets ? rows : 1) * shape.g * blocks_per_group * in_row);
+    const int64_t of_a_run = (passes ? 1 : rows) * shape.g * blocks_per_group;
+    prefixes = plan.variant == kPrefixes ? int(of_a_run * (in_row - 1)) : 0;
+    tasks = int(of_a_run * in_row) + prefixes;
     word_count = chained ? int(1 + rows * units * parts_per_unit(shape.n)) : 0;
     chunking = memory.take(chunking_bytes(shape, kQ));
     kept_chunking = memory.take(keeps ? chunking_bytes(shape, kKeptQ) : 0);
     words = memory.take_array<int>(word_count);
     carry = memory.take_array<float>(slots * units * kP * shape.n);
-    through_log2 = memory.take_array<float>(tickets ? 0 : in_row * units);
+    through_log2 = memory.take_array<float>(passes ? in_row * units : 0);
   }
 };
 
@@ -94,7 +100,7 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
   const bool state_only = params.y.ptr == nullptr;  // ssd_segment_state: whole rows, one pass
   Plan plan = chosen;
   if (state_only) plan.variant = kTickets, plan.segment_chunks = int(shape.chunks(kQ));
-  const bool tickets = plan.variant == kTickets, gate = static_cast<bool>(in.z);
+  const bool gate = static_cast<bool>(in.z);
   const bool keeps = params.chunk_states != nullptr;
   Workspace memory(workspace);
   const Layout at(shape, plan, keeps, memory);
@@ -112,18 +118,21 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
   args.D = in.D, args.D_per_channel = in.D_per_channel;
   args.initial_states = in.initial_states;
   args.y_out = params.y;
-  args.schedule = tickets ? Schedule::tickets : Schedule::segments;
-  args.tasks = at.tasks, args.segment_chunks = plan.segment_chunks;
+  args.schedule = static_cast<Schedule>(plan.variant);
+  args.tasks = at.tasks, args.prefixes = at.prefixes, args.segment_chunks = plan.segment_chunks;
+  std::copy(plan.run_ends, plan.run_ends + kMaxRuns, args.run_ends);
   args.carry = at.carry, args.through_log2 = at.through_log2;
 
   if (at.word_count > 0) {
     if (int e = clear_words(at.words, at.word_count, stream)) return e;
     args.ticket = at.words, args.flags = at.words + 1;
   }
-  if (!tickets && at.segments > 1) {
+  args.pass_one = state_only;
+  if (args.schedule == Schedule::segments && at.segments > 1) {
+    args.pass_one = true;
     args.tasks = at.tasks / at.segments * (at.segments - 1);  // nothing follows the last one
-    if (int e = fused_scan(args, in.dtype, gate, true, device.sm_count, stream)) return e;
-    args.tasks = at.tasks;
+    if (int e = fused_scan(args, in.dtype, gate, device.sm_count, stream)) return e;
+    args.tasks = at.tasks, args.pass_one = false;
     args.carry_is_sum = at.segments > kFewSegments;
     if (args.carry_is_sum) {
       if (int e =
@@ -133,7 +142,7 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
   }
   args.final_states = static_cast<float*>(params.final_states);
   args.kept_states = params.chunk_states;
-  if (int e = fused_scan(args, in.dtype, gate, state_only, device.sm_count, stream)) return e;
+  if (int e = fused_scan(args, in.dtype, gate, device.sm_count, stream)) return e;
   if (params.log_decay) return any::segment_log_decay(in, params.log_decay, stream);
   if (!shape.packed) return 0;
   // Sequences without a token keep their initial state; rows outside all of them are zero.

@@ -1,12 +1,13 @@
 // The library from C++, with no Python and no tensors: the CPU's forward against the recurrence,
-// its backward against central differences, and the plan. Prints what failed; the exit status
-// counts it.
+// its backward against central differences, the plan, and division by a multiplication. Prints what
+// failed; the exit status counts it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
 #include <vector>
 
+#include "core/divisor.h"
 #include "ssd/plan.h"
 #include "ssd/ssd_scan_cpu.h"
 
@@ -166,12 +167,44 @@ void test_plan() {
          "a forced tier that cannot take fp64 gives tier any");
 }
 
+// Rows that nearly fill the card: their runs cover them, and each has a block or more.
+void test_plan_of_runs() {
+  Problem problem;
+  problem.dtype = DType::bf16;
+  const Device hopper{9, 0, 132};
+  for (int64_t b : {1, 2, 4})
+    for (int64_t l : {300, 2048, 16384}) {
+      problem.shape = {b, l, 24, 64, 1, 128, b, false};
+      const Plan plan = make_plan(problem, hopper, static_cast<int>(Tier::sm90) | 3 << 4);
+      int runs = 0;
+      while (runs < kMaxRuns && plan.run_ends[runs] > (runs ? plan.run_ends[runs - 1] : 0)) ++runs;
+      expect(runs > 1 && plan.run_ends[runs - 1] == (l + 63) / 64, "runs end with the row", runs);
+      expect(12 * b * (runs - 1) < hopper.sm_count, "a block for every later run", double(b));
+    }
+}
+
+void test_divisor() {
+  std::mt19937 random(1);
+  constexpr int kMost = 0x7fffffff;
+  const auto agree = [](int n, int d) {
+    const mamba2::Divisor by(d);
+    expect(n / by == n / d && n % by == n % d, "division by a multiplication", double(n));
+  };
+  for (int k = 0; k < 20000; ++k) {
+    const int d = 1 + int(random() >> (1 + random() % 31)) % kMost;
+    for (int n : {0, d - 1, d, kMost / d * d, kMost / d * d - 1, kMost, int(random() >> 1)})
+      agree(n, d);
+  }
+}
+
 }  // namespace
 
 int main() {
   test_forward();
   test_backward();
   test_plan();
+  test_plan_of_runs();
+  test_divisor();
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);
   return failures;
 }

@@ -71,6 +71,13 @@ def test_a_long_sequence_is_swept_in_segments(ask):
     assert stages(long)[1:4] == ["chunk_state", "segment_passing", "chunk_state"]
 
 
+def test_rows_that_nearly_fill_the_card_are_cut_into_runs_of_one_launch(ask):
+    for b, l, h in ((8, 2048, 24), (2, 16384, 80), (1, 2048, 80)):
+        answer = ask(b, l, h, 64, 1, 128)
+        assert stages(answer) == ["fused_scan"] and answer["kernels"][0]["grid"][0] > b * h / 2
+    assert stages(ask(1, 65536, 80, 64, 1, 128)) == ["fused_scan", "segment_scan", "fused_scan"]
+
+
 def test_packed_sequences_and_a_gate_add_their_launches(ask):
     packed = ask(1, 300, 4, 64, 1, 128, sequences=3, backward=True, has_z=True, plan=SM80)
     assert stages(packed)[0] == "chunk_table" and stages(packed)[-1] == "zero_outside"

@@ -9,7 +9,8 @@ import torch
 from cases import Case
 from common import check, run_ops
 
-TICKETS, SEGMENTS = 3 | 1 << 4, 3 | 2 << 4  # plans that force tier sm90 and a schedule
+# Plans that force tier sm90 and a schedule.
+TICKETS, SEGMENTS, PREFIXES = 3 | 1 << 4, 3 | 2 << 4, 3 | 3 << 4
 
 BASE = Case(b=1, l=150, h=2, p=64, g=1, n=64, dtype=torch.bfloat16, D="h", dt_bias=True)
 CASES = {
@@ -46,6 +47,24 @@ CASES = {
 def test_forward(emulated, name, plan):
     emulated.schedule(seed=len(name), timing=("random", "late", "early")[len(name) % 3], sms=3)
     check(run_ops(emulated.ops, plan=plan), dataclasses.replace(BASE, **CASES[name]))
+
+
+PREFIX_CASES = {
+    "three rows, odd heads": (dict(b=3, l=133, h=3, initial_states="working", seed=1), 16),
+    "four runs": (dict(l=450, h=1, initial_states="x", z=True, seed=2), 4),
+    "n 128, kept states": (dict(n=128, l=400, save_states=True, initial_states="x", seed=3), 3),
+    "n 256, resets": (dict(n=256, l=260, h=3, seq_idx=True, initial_states="working", seed=4), 8),
+    "p 80, gate": (dict(p=80, l=200, z=True, D="hp", initial_states="working", seed=5), 5),
+    "groups, strong decay": (dict(h=4, g=2, l=300, decay="strong", seed=6), 5),
+}
+
+
+@pytest.mark.parametrize("name", PREFIX_CASES)
+def test_prefixes(emulated, name):
+    """Few rows: every run of a row sums up itself what comes before it."""
+    change, sms = PREFIX_CASES[name]
+    emulated.schedule(seed=len(name), timing=("random", "late", "early")[len(name) % 3], sms=sms)
+    check(run_ops(emulated.ops, plan=PREFIXES), dataclasses.replace(BASE, **change))
 
 
 def test_many_segments(emulated):
