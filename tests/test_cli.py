@@ -90,6 +90,8 @@ def test_a_tokenizer_of_ones_own_goes_with_the_model(trained, tmp_path, capsys):
     assert run(*command.split()) == 0
     said = capsys.readouterr().out.split()
     assert len(said) > 5 and set(said) <= set(words)
+    assert run("convert", model, tmp_path / "b", "--to", "huggingface") == 0
+    assert run(*command.replace(str(model), str(tmp_path / "b")).split()) == 0
 
 
 def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
@@ -104,6 +106,14 @@ def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
         assert run(*command.split()) == 2
         said = capsys.readouterr().err
         assert complaint in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["tape", "cuda:77"])
+def test_a_device_that_is_not_there(trained, name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("generate", trained / "run/model", "--prompt", "a", "--device", name)
+    assert stopped.value.code == 2
+    assert f"argument --device: no device '{name}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["", "generate", "train", "convert", "info"])

@@ -1,5 +1,7 @@
 """What several commands ask for."""
 
+import argparse
+
 import torch
 
 from mamba2_cuda.tokenizer import BYTES, ByteTokenizer, open_tokenizer
@@ -9,7 +11,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_device(parser):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1 ... (%(default)s)")
+    help = "cpu, cuda, cuda:1 ... (%(default)s)"
+    parser.add_argument("--device", type=device_here, default=device, help=help)
+
+
+def device_here(name):
+    """The name, where this machine has such a device."""
+    try:
+        device = torch.device(name)
+        here = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+    except RuntimeError:
+        here = False
+    if not here:
+        raise argparse.ArgumentTypeError(
+            f"no device {name!r}: cpu, and {torch.cuda.device_count()} of CUDA, are here"
+        )
+    return name
 
 
 def add_dtype(parser, default):

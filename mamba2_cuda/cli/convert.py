@@ -1,9 +1,10 @@
-"""Rewrite a model in another checkpoint format.
+"""Rewrite a model in another checkpoint format; its tokenizer goes along.
 
 mamba2 convert mamba2-130m converted --to huggingface
 mamba2 convert codestral converted --to state-spaces --container pickle
 """
 
+import shutil
 from pathlib import Path
 
 from mamba2_cuda.model import load_model, save_model
@@ -37,4 +38,6 @@ def run(options):
     dtype = DTYPES.get(options.dtype)
     model = load_model(options.source, dtype=dtype, vocab_size=options.vocab_size)
     save_model(model, options.target, options.to, options.container)
+    for file in sorted(options.source.glob("tokenizer*.json")):
+        shutil.copy(file, options.target)
     print(f"{options.target}: {options.to}, {options.container}")

@@ -5,6 +5,8 @@ import json
 import sys
 import time
 
+from mamba2_cuda.model.checkpoint import replace
+
 
 class Log:
     """log.jsonl: {"step": 12, "loss": ..., ...} a line; steps after `step` are forgotten."""
@@ -14,7 +16,8 @@ class Log:
         if path.exists():
             kept = (json.loads(line) for line in path.read_text().splitlines() if whole(line))
             self.lines = [line for line in kept if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        replace(path, lambda part: part.write_text(text))
 
     def add(self, **line):
         self.lines.append(line)
