@@ -107,16 +107,16 @@ class Run:
     """A problem's graph, the stream it is replayed on, and what it gives alone."""
 
     def __init__(self, make):
-        call, self.stream = make(), torch.cuda.Stream()
+        self.call, self.stream = make(), torch.cuda.Stream()  # call holds what the graph reads
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             for _ in range(2):
-                call()
+                self.call()
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         # Its own stream: a library's scratch memory belongs to the stream of the capture.
         with torch.cuda.graph(self.graph, stream=self.stream):
-            self.results = call()
+            self.results = self.call()
         self.replay()
         torch.cuda.synchronize()
         self.expected = [result.clone() for result in self.results]
