@@ -124,6 +124,16 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       " -> (Tensor d_zxBCdt, Tensor d_conv_weight, Tensor d_conv_bias, Tensor d_A_log, Tensor dD, "
       "Tensor d_dt_bias, Tensor d_norm_weight)");
 
+  // The same between the two projections of a mixer, none of them with a bias: u (b, l, d_model),
+  // in_weight (2 h p + 2 g n + h, d_model), out_weight (d_model, h p), all of one dtype. Returns
+  // (b, l, d_model). Nothing is kept for a backward.
+  m.def(
+      "mixer_forward(Tensor u, Tensor in_weight, Tensor conv_weight, Tensor? conv_bias, "
+      "Tensor A_log, Tensor D, Tensor dt_bias, Tensor? norm_weight, Tensor out_weight, "
+      "Tensor? cu_seqlens, Tensor(a!)? conv_state, Tensor(b!)? ssm_state, int h, int p, int g, "
+      "int n, float dt_min, float dt_max, float eps, int group_size, bool norm_before_gate, "
+      "int plan) -> Tensor");
+
   // Decode: a norm and the projection behind it, for few rows. x, z (b, d) of one dtype;
   // norm_weight (d); weight (o, d), whose dtype norm's result is rounded to and y has; bias (o).
   // With a residual (b, o) y is added to it in place, and comes back as a 0-element tensor.

@@ -142,6 +142,11 @@ def _(
     return like(zxBCdt, zxBCdt), *of_parameters
 
 
+@fake("mamba2_cuda::mixer_forward")
+def _(u, *_options):
+    return u.new_empty(u.shape)
+
+
 @fake("mamba2_cuda::norm_linear")
 def _(x, norm_weight, z, weight, bias, residual, *_options):
     return weight.new_empty((x.shape[0], weight.shape[0]) if residual is None else 0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mamba2_cuda import reference
-from mamba2_cuda.nn import ProjectionLayout
-from mamba2_cuda.nn.conv_scan_norm import Options, conv_scan_norm
+from mamba2_cuda.nn import Mamba2, ProjectionLayout
+from mamba2_cuda.nn.conv_scan_norm import Options, conv_scan_norm, mixer
 
 F64 = torch.float64
 NAMES = ("zxBCdt", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "norm_weight")
@@ -147,6 +147,78 @@ def test_opcheck_of_the_backward(name, device, ops):
         ops.conv_scan_norm_backward.default,
         (torch.ones_like(out), *arguments, cu_seqlens, *kept, *options),
     )
+
+
+# ---- with the two projections
+
+
+def projections(tensors, options, d_model=12):
+    """u, in_weight and out_weight for these."""
+    like, generator = tensors["conv_weight"], torch.Generator().manual_seed(2)
+    width, d_inner = options.layout.width, options.layout.d_inner
+    shapes = (*tensors["zxBCdt"].shape[:2], d_model), (width, d_model), (d_model, d_inner)
+    return [torch.randn(s, generator=generator, dtype=F64).to(like) for s in shapes]
+
+
+def whole(tensors, cu_seqlens, options, u, in_weight, out_weight):
+    arrays = [t for name, t in tensors.items() if name != "zxBCdt"]
+    return mixer(u, in_weight, *arrays, out_weight, cu_seqlens, options)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_whole_mixer_as_one_operator(case, device):
+    tensors, cu_seqlens, options = make(**case, device=device)
+    u, in_weight, out_weight = projections(tensors, options)
+    with torch.no_grad():
+        y = fused({**tensors, "zxBCdt": u @ in_weight.T}, cu_seqlens, options)
+        for rows in (u, torch.stack([u, u], 2)[:, :, 0]):  # the second is no matrix in memory
+            got = whole(tensors, cu_seqlens, options, rows, in_weight, out_weight)
+            torch.testing.assert_close(got, y @ out_weight.T)
+
+
+@pytest.mark.parametrize("name", ["plain", "no norm"])
+def test_opcheck_of_the_whole_mixer(name, device, ops):
+    tensors, cu_seqlens, options = make(**CASES[name], device=device)
+    u, in_weight, out_weight = projections(tensors, options)
+    arrays = [None if t is None else t.detach() for t in tensors.values()][1:]
+    torch.library.opcheck(
+        ops.mixer_forward.default,
+        (u, in_weight, *arrays, out_weight, cu_seqlens, None, None, *options.as_arguments(), 0),
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(u=torch.ones(9, 12, dtype=F64)), r"u must be \(b, l, d_model\), got \(9, 12\)"),
+        (dict(in_weight=torch.ones(84, 12)), "in_weight must be torch.float64, got torch.float32"),
+        (dict(out_weight=torch.ones(32, 12)), r"out_weight must be \(d_model=12, h p=32\), got"),
+    ],
+)
+def test_refusals_of_the_whole_mixer(change, message):
+    tensors, cu_seqlens, options = make()
+    given = dict(zip(("u", "in_weight", "out_weight"), projections(tensors, options))) | change
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"mixer: {message}"):
+        whole(tensors, cu_seqlens, options, **given)
+
+
+def test_a_changed_projection_is_not_passed_over(device):
+    """The layer is one operator without gradients, unless a projection is more than a product."""
+    torch.manual_seed(0)
+    layer = Mamba2(16, d_state=8, headdim=8, device=device, dtype=F64)
+    u = torch.randn(2, 9, 16, dtype=F64, device=device)
+    expected = layer(u).detach()
+    with torch.no_grad():
+        assert layer.is_one_operator(u)
+        torch.testing.assert_close(layer(u), expected)
+        called = []
+        hook = layer.in_proj.register_forward_hook(lambda *_: called.append(1))
+        torch.testing.assert_close(layer(u), expected)
+        assert called == [1]
+        hook.remove()
+        torch.nn.utils.parametrizations.weight_norm(layer.out_proj)
+        assert not layer.is_one_operator(u)
+        torch.testing.assert_close(layer(u), expected)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
   m.impl("conv_scan_norm_forward", TORCH_BOX(&forward<Cpu>));
   m.impl("conv_scan_norm_backward", TORCH_BOX(&backward<Cpu>));
+  m.impl("mixer_forward", TORCH_BOX(&mixer<Cpu>));
 }
 
 }  // namespace mamba2::conv_scan_norm

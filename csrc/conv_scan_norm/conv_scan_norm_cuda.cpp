@@ -40,6 +40,7 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, MAMBA2_DISPATCH_KEY, m) {
   m.impl("conv_scan_norm_forward", TORCH_BOX(&forward<Cuda>));
   m.impl("conv_scan_norm_backward", TORCH_BOX(&backward<Cuda>));
+  m.impl("mixer_forward", TORCH_BOX(&mixer<Cuda>));
 }
 
 }  // namespace mamba2::conv_scan_norm

@@ -9,6 +9,8 @@
 //   Tensor norm(arguments)
 //   gated_rmsnorm::BackwardResult norm_backward(dy, arguments, dx, dz)
 #pragma once
+#include <array>
+
 #include "../causal_conv1d/causal_conv1d_call.h"
 #include "../gated_rmsnorm/gated_rmsnorm_call.h"
 #include "../ssd/ssd_call.h"
@@ -191,6 +193,53 @@ BackwardResult backward(Tensor d_out, Tensor zxBCdt, Tensor conv_weight, Optiona
           std::get<5>(of_scan),
           std::get<7>(of_scan),
           or_absent(d_norm_weight, dtype, zxBCdt)};
+}
+
+// ---- with the two projections ----
+
+// x (b, l, i) weight (o, i)^T -> (b, l, o), a product of PyTorch's. The result is made here, so
+// that running out of memory says so.
+inline Tensor project(const Tensor& x, const Tensor& weight) {
+  const auto sizes = x.sizes();
+  const int64_t b = sizes[0], l = sizes[1], inner = sizes[2], outer = weight.size(0);
+  const auto strides = weight.strides();
+  const Tensor y = allocate({b, l, outer}, x.scalar_type(), x);
+  std::array<StableIValue, 3> stack = {
+      torch::stable::detail::from(view(compact(x), {b * l, inner}, {inner, 1}, 0)),
+      torch::stable::detail::from(view(weight, {inner, outer}, {strides[1], strides[0]}, 0)),
+      torch::stable::detail::from(view(y, {b * l, outer}, {outer, 1}, 0))};
+  const auto error = torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION);
+  check(error == TORCH_SUCCESS, "mixer: a projection's product failed");
+  torch::stable::detail::to<Tensor>(stack[0]);  // the same result, and ours to let go
+  return y;
+}
+
+inline void check_projections(const Tensor& u, const Tensor& in_weight, const Tensor& out_weight,
+                              const Layout& layout) {
+  const ArgumentCheck check("mixer", u);
+  check.floating("u", u);
+  check.shape("u", u, {{"b"}, {"l"}, {"d_model"}});
+  const Dim d_model{"d_model", u.size(2)};
+  check.shape("in_weight", in_weight, {{"2 h p + 2 g n + h", layout.width()}, d_model});
+  check.shape("out_weight", out_weight, {d_model, {"h p", layout.d_inner()}});
+  for (const auto& [name, weight] :
+       {std::pair("in_weight", in_weight), {"out_weight", out_weight}}) {
+    check.dtype(name, weight, {u.scalar_type()});
+    check.device(name, weight);
+  }
+}
+
+template <class Device>
+Tensor mixer(Tensor u, Tensor in_weight, Tensor conv_weight, OptionalTensor conv_bias, Tensor A_log,
+             Tensor D, Tensor dt_bias, OptionalTensor norm_weight, Tensor out_weight,
+             OptionalTensor cu_seqlens, OptionalTensor conv_state, OptionalTensor ssm_state,
+             int64_t h, int64_t p, int64_t g, int64_t n, double dt_min, double dt_max, double eps,
+             int64_t group_size, bool norm_before_gate, int64_t plan) {
+  check_projections(u, in_weight, out_weight, {h, p, g, n});
+  const Result result = forward<Device>(
+      project(u, in_weight), conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens,
+      conv_state, ssm_state, h, p, g, n, dt_min, dt_max, eps, group_size, norm_before_gate, plan);
+  return project(std::get<0>(result), out_weight);
 }
 
 }  // namespace mamba2::conv_scan_norm

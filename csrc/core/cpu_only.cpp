@@ -19,6 +19,7 @@ constexpr const char* kOperators[] = {
     "gated_rmsnorm_backward",
     "conv_scan_norm_forward",
     "conv_scan_norm_backward",
+    "mixer_forward",
     "norm_linear",
     "add_norm_forward",
     "add_norm_backward",

@@ -13,13 +13,14 @@
 namespace mamba2::ssd {
 namespace {
 
-// The scratch memory of a call.
+// The scratch memory of a call, which may want none.
 struct Scratch {
-  Tensor memory;
-  void* first;
-  Scratch(std::size_t bytes, const Tensor& like)
-      : memory(allocate_bytes(static_cast<int64_t>(bytes + Workspace::kAlignment), like)) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  OptionalTensor memory;
+  void* first = nullptr;
+  Scratch(std::size_t bytes, const Tensor& like) {
+    if (bytes == 0) return;
+    memory = allocate_bytes(static_cast<int64_t>(bytes + Workspace::kAlignment), like);
+    const auto address = reinterpret_cast<uintptr_t>(memory->mutable_data_ptr());
     const auto aligned = (address + Workspace::kAlignment - 1) & ~(Workspace::kAlignment - 1);
     first = reinterpret_cast<void*>(aligned);
   }

@@ -18,6 +18,7 @@ from .layout import ProjectionLayout
 _ops = torch.ops.mamba2_cuda
 _forward = _ops.conv_scan_norm_forward.default
 _backward = _ops.conv_scan_norm_backward.default
+_mixer = _ops.mixer_forward.default
 
 
 class Options(NamedTuple):
@@ -63,8 +64,28 @@ def conv_scan_norm(
         if cache is not None:
             raise RuntimeError("conv_scan_norm: a cache is for torch.no_grad")
         return _ConvScanNorm.apply(options, current_plan(), *arrays)
-    states = (None, None) if cache is None else (cache.conv, cache.ssm)
-    return _forward(*arrays, *states, *options.as_arguments(), current_plan())[0]
+    return _forward(*arrays, *states_of(cache), *options.as_arguments(), current_plan())[0]
+
+
+def mixer(
+    u, in_weight, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, out_weight, cu_seqlens,
+    options, cache=None,
+):  # fmt: skip
+    """conv_scan_norm between two projections without bias, as one operator and without gradients.
+
+    u           (b, l, d_model)
+    in_weight   (width, d_model), out_weight (d_model, h p), of u's dtype
+
+    Returns (b, l, d_model). The host is done sooner than with three operators.
+    """
+    return _mixer(
+        u, in_weight, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, out_weight,
+        cu_seqlens, *states_of(cache), *options.as_arguments(), current_plan(),
+    )  # fmt: skip
+
+
+def states_of(cache):
+    return (None, None) if cache is None else (cache.conv, cache.ssm)
 
 
 def A_of(A_log):

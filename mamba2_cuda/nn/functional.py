@@ -11,7 +11,7 @@ from mamba2_cuda.ops import (
     ssd_step,
 )
 
-from .conv_scan_norm import conv_scan_norm
+from .conv_scan_norm import conv_scan_norm, mixer
 
 __all__ = [
     "add_norm",
@@ -20,6 +20,7 @@ __all__ = [
     "causal_conv1d_step",
     "conv_scan_norm",
     "gated_rmsnorm",
+    "mixer",
     "norm_linear",
     "ssd_scan",
     "ssd_step",

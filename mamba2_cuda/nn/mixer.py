@@ -88,8 +88,11 @@ class Mamba2(nn.Module):
         """u (b, l, d_model); tokens says what is packed or padded; cache is read and moved on."""
         cu_seqlens = None if tokens is None else tokens.cu_seqlens
         real = None if tokens is None else tokens.real()
+        one = cache is not None and u.size(1) == 1
+        if real is None and not one and self.is_one_operator(u):
+            return self.at_once(u, cu_seqlens, cache)
         zxBCdt = self.in_proj(u if self.ranks == 1 else spread(u, self.process_group))
-        if cache is not None and u.size(1) == 1 and real is None:
+        if one and real is None:
             y = self.step(zxBCdt[:, 0], cache)[:, None]
         elif real is None and (cache is None or not torch.is_grad_enabled()):
             y = self.whole(zxBCdt, cu_seqlens, cache)
@@ -99,6 +102,23 @@ class Mamba2(nn.Module):
             return self.out_proj(y)
         out = total(F.linear(y, self.out_proj.weight), self.process_group)
         return out if self.out_proj.bias is None else out + self.out_proj.bias
+
+    def is_one_operator(self, u):
+        """Whether all of it may be one: it is an operator without gradients, of bare products."""
+        return not (
+            torch.is_grad_enabled()
+            or self.ranks > 1
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(u.device.type)
+        ) and all(is_bare(linear, u.dtype) for linear in (self.in_proj, self.out_proj))
+
+    def at_once(self, u, cu_seqlens, cache):
+        conv, norm = self.conv1d, self.norm  # a module's attributes take the host long to find
+        return functional.mixer(
+            u, self.in_proj.weight, conv.weight, conv.bias, self.A_log, self.D_by_head(),
+            self.dt_bias, None if norm is None else norm.weight, self.out_proj.weight, cu_seqlens,
+            self.options, cache,
+        )  # fmt: skip
 
     def add_step(self, residual, norm, cache):
         """residual (b, d_model) += mixer(norm(residual)) for one token a row, in place, in the
@@ -133,7 +153,7 @@ class Mamba2(nn.Module):
 
     def whole(self, zxBCdt, cu_seqlens, cache):
         """All between the projections, where nothing is padding."""
-        conv, norm = self.conv1d, self.norm  # a module's attributes take the host long to find
+        conv, norm = self.conv1d, self.norm
         return functional.conv_scan_norm(
             zxBCdt, conv.weight, conv.bias, self.A_log, self.D_by_head(), self.dt_bias,
             None if norm is None else norm.weight, cu_seqlens, self.options, cache,
@@ -207,6 +227,18 @@ class Mamba2(nn.Module):
             ),
             self.A().detach(),
         )
+
+
+def is_bare(linear, dtype):
+    """Whether a projection is x weight^T in this dtype, with no bias and nobody listening."""
+    weight = linear.weight
+    return (
+        type(linear) is nn.Linear
+        and type(weight) is nn.Parameter
+        and weight.dtype == dtype
+        and linear.bias is None
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+    )
 
 
 def hide(v, real):
