@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_conv_scan_norm import CASES, d_out_of, make, plain, with_gradients
+from test_conv_scan_norm import CASES, d_out_of, make, plain, projections, with_gradients
 
 
 def forward(emulated, tensors, cu_seqlens, options, states=(None, None)):
@@ -36,6 +36,19 @@ def test_gradients(emulated, case, nan_filled):
             assert gradient.numel() == 0
         else:
             torch.testing.assert_close({name: gradient}, {name: expected[name]})
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_with_its_projections(emulated, case, nan_filled):
+    tensors, cu_seqlens, options = make(**case)
+    u, in_weight, out_weight = projections(tensors, options)
+    arrays = [t for name, t in tensors.items() if name != "zxBCdt"]
+    with torch.no_grad():
+        out = emulated.ops.mixer_forward(
+            u, in_weight, *arrays, out_weight, cu_seqlens, None, None, *options.as_arguments(), 0
+        )
+        expected = plain({**tensors, "zxBCdt": u @ in_weight.T}, cu_seqlens, options)
+        torch.testing.assert_close(out, expected @ out_weight.T)
 
 
 def test_a_sequence_in_two_parts(emulated):
