@@ -161,7 +161,6 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
   // The loss of each row of logits (rows, vocab) with its target (rows), int64: fp32 (fp64 when
   // logits are), 0 where the target is -100. With a scale (), of the losses' dtype, their gradient
   // times scale takes the logits' place. The backward: gradient *= d_loss ().
-  m.def(
-      "cross_entropy_forward(Tensor(a!) logits, Tensor targets, Tensor? scale) -> Tensor losses");
+  m.def("cross_entropy_forward(Tensor(a!) logits, Tensor targets, Tensor? scale) -> Tensor losses");
   m.def("cross_entropy_backward(Tensor(a!) gradient, Tensor d_loss) -> ()");
 }
