@@ -236,10 +236,10 @@ Tensor mixer(Tensor u, Tensor in_weight, Tensor conv_weight, OptionalTensor conv
              int64_t h, int64_t p, int64_t g, int64_t n, double dt_min, double dt_max, double eps,
              int64_t group_size, bool norm_before_gate, int64_t plan) {
   check_projections(u, in_weight, out_weight, {h, p, g, n});
-  const Result result = forward<Device>(
+  const Tensor y = std::get<0>(forward<Device>(  // and nothing else of it is kept
       project(u, in_weight), conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens,
-      conv_state, ssm_state, h, p, g, n, dt_min, dt_max, eps, group_size, norm_before_gate, plan);
-  return project(std::get<0>(result), out_weight);
+      conv_state, ssm_state, h, p, g, n, dt_min, dt_max, eps, group_size, norm_before_gate, plan));
+  return project(y, out_weight);
 }
 
 }  // namespace mamba2::conv_scan_norm
