@@ -62,6 +62,7 @@ MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, in
 template <int q>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 128 ? 4 : 3)
     chunk_cumsum_kernel(MAMBA2_GRID_CONSTANT const CumsumParams params) {
+  ptx::griddepcontrol_launch_dependents();
   CumsumShared<q>& shared = *static_cast<CumsumShared<q>*>(ptx::dynamic_smem());
   const int head_tiles = ceil_div(params.h, kHeads);
   const int i_chunk = blockIdx.x / head_tiles, head_base = blockIdx.x % head_tiles * kHeads;

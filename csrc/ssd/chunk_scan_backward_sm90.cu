@@ -47,6 +47,7 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
                        &s.group_full);
   }
 
+  ptx::griddepcontrol_wait();  // B, C and the table of chunks were there before
   constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
   const uint32_t bytes = (2 + earlier) * kTile + 3 * kScalars + kDRow;
   for (int i = 0; i < task.heads; ++i) {
@@ -97,9 +98,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
 #if MAMBA2_SM90A
   auto& s = *static_cast<ChunkScanBackwardSmem<T, kN>*>(ptx::dynamic_smem());
   ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
   const ScanTask task(args);
-  if (task.chunk.i_seq < 0) return;
+  if (task.chunk.i_seq < 0) return ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) {
     s.tokens_ring.init(1, kConsumerWarps);
     s.states_ring.init(1, kConsumerWarps + (task.block == 0 ? kFinishWarps : 0));

@@ -187,12 +187,13 @@ template <int kRun>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kRun > 4 ? 1 : 2)
     delta_gradients(const MAMBA2_GRID_CONSTANT Gradients g) {
   ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
+  if (!g.parts.complete_early) ptx::griddepcontrol_wait();
   Smem<32 * kRun>& smem = *static_cast<Smem<32 * kRun>*>(ptx::dynamic_smem());
   const int i_c = blockIdx.x, first_head = blockIdx.y * kHeads;
   const int heads = g.h - first_head < kHeads ? g.h - first_head : kHeads;
   const Chunk chunk = g.chunking.at(i_c);
   if (chunk.i_seq < 0) {
+    ptx::griddepcontrol_wait();
     if (int(threadIdx.x) < heads) {
       g.dA[int64_t(i_c) * g.h + first_head + threadIdx.x] = 0;
       g.d_dt_bias[int64_t(i_c) * g.h + first_head + threadIdx.x] = 0;
@@ -208,6 +209,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kRun > 4 ? 1 : 2)
   if (const int i = threadIdx.x / 32; i < heads)
     head_gradients<kRun>(smem, g, chunk, i_c, first_head + i, threadIdx.x % 32);
   __syncthreads();
+  ptx::griddepcontrol_wait();  // in any case before the end: what comes next waits for this kernel
 
   float bias_sum = 0;
   if (i_h < heads) {

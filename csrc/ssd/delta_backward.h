@@ -19,9 +19,10 @@ struct DeltaGradientParts {
   const float* to_state = nullptr;    // (chunks, h, q)  F_j / delta_j
   const float* through = nullptr;     // (through_parts, chunks, h)   K = 2^s_q <G, S>
   int from_state_parts = 1, through_parts = 1, head_parts = 1, passes = 1;
-  const float* dD = nullptr;  // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
-  int dD_width = 0;           // h, or h p
-  bool programmatic = false;  // launches begin while the kernel before them ends (sm_90)
+  const float* dD = nullptr;    // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
+  int dD_width = 0;             // h, or h p
+  bool programmatic = false;    // launches begin while the kernel before them ends (sm_90)
+  bool complete_early = false;  // all but dD: before the kernel before this one lets it begin
 };
 
 // Workspace: two fp32 arrays (chunks, h).

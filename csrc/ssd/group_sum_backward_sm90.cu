@@ -2,15 +2,16 @@
 // in their order and rounded (of a single slice, only dC of the later block is left to add); dD of
 // a chunk, added up over its blocks of tokens.
 //
-// grid: (chunks, groups, and one more row for dD). Bound by HBM: 2 fp32 arrays (slices, tokens, g,
-// n) read, dB and dC written.
+// grid: (chunks, groups and one more row for dD, 16 tokens each): a thread's loads are all on their
+// way at once, however few chunks there are. Bound by HBM: 2 fp32 arrays (slices, tokens, g, n)
+// read, dB and dC written.
 #include "../core/launch.h"
 #include "scan_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kTokens = 16;
 
 MAMBA2_DEVICE void add(float4& sum, const float* from) {
   const float4 v = *reinterpret_cast<const float4*>(from);
@@ -24,15 +25,18 @@ MAMBA2_DEVICE void store(const StridedOut& out, const Chunk& chunk, int row, int
   *reinterpret_cast<uint2*>(to) = uint2{pack2<T>(v.x, v.y), pack2<T>(v.z, v.w)};
 }
 
+// Of kTokens tokens.
 template <class T>
 MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk) {
   const int group = blockIdx.y, n = args.n;
   const int64_t groups = int64_t(args.chunks) * args.g;
   const int64_t here = int64_t(blockIdx.x) * args.g + group;
-  const int first = args.dC_first() * n;
-  for (int i = first + threadIdx.x * 4; i < chunk.count * n; i += kThreads * 4) {
+  const int first = args.dC_first() * n, begin = first + blockIdx.z * kTokens * n;
+  const int end = min(chunk.count * n, begin + kTokens * n);
+  for (int i = begin + threadIdx.x * 4; i < end; i += kThreads * 4) {
     const int row = i / n;
     float4 dB{}, dC{};
+    MAMBA2_UNROLL
     for (int slice = 0; slice < args.slices; ++slice) {
       const int64_t at = slice * groups + here;
       if (!args.single_slice()) add(dB, args.dB_slices + at * kBackwardQ * n + i);
@@ -55,32 +59,37 @@ MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
     }
     return;
   }
-  const int parts = args.splits * kDParts;  // of one head of the tensors
+  static_assert(kDParts == 8, "two float4");
   for (int head = threadIdx.x; head < args.tensor_h; head += kThreads) {
-    float sum = 0;
-    for (int part = head * parts; exists && part < (head + 1) * parts; ++part)
-      sum += blocks[part] + blocks[width + part];
-    args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = sum;
+    float4 sum{};
+    for (int split = head * args.splits; exists && split < (head + 1) * args.splits; ++split) {
+      const float* parts = blocks + split * kDParts;
+      add(sum, parts), add(sum, parts + 4), add(sum, parts + width), add(sum, parts + width + 4);
+    }
+    args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = sum.x + sum.y + sum.z + sum.w;
   }
 }
 
 template <class T>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
     group_sum_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
-  ptx::griddepcontrol_launch_dependents();
+  // In this order: all that came before this kernel is complete when the next one begins.
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   const Chunk chunk = args.chunking.at(blockIdx.x);
-  if (int(blockIdx.y) == args.g)
-    sum_dD(args, chunk.i_seq >= 0);
-  else if (chunk.i_seq >= 0)
+  if (int(blockIdx.y) == args.g) {
+    if (blockIdx.z == 0) sum_dD(args, chunk.i_seq >= 0);
+  } else if (chunk.i_seq >= 0) {
     sum_slices<T>(args, chunk);
+  }
 }
 
 }  // namespace
 
 int group_sum(const BackwardArgs& args, DType dtype, void* stream) {
   const Range range("group_sum");
-  const LaunchShape at{dim3(args.chunks, args.g + (args.dD != nullptr)), kThreads, 0, true};
+  const unsigned pieces = (kBackwardQ - args.dC_first()) / kTokens;
+  const LaunchShape at{dim3(args.chunks, args.g + (args.dD != nullptr), pieces), kThreads, 0, true};
   return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args)
                               : launch(group_sum_kernel<f16>, at, stream, args);
 }

@@ -39,6 +39,7 @@ struct BackwardArgs {
   Chunking chunking;            // q = 128
   int chunks;                   // bound of the chunk index
   int rows;                     // sequences
+  int sm_count;                 // of the card
   int p;                        // of the tensors
   int tensor_h;                 // their heads
   int splits;                   // of these kernels' heads in one of them

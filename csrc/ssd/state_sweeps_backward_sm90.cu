@@ -9,28 +9,31 @@
 // transpose of the tokens' tile, weighted in registers; the B operand the tile of B or C, shared by
 // two heads.
 //
-// grid: (sequences x pairs of heads, directions: both, or one); a producer warp and two consumer
-// warpgroups, one head each. Shared memory: 4 stages x (64 tokens of B or C, x or dy of 2 heads) +
-// 2 images: 163 KB at n = 128. Bound by HBM: per head and chunk 16 KB read and 16 KB written in
-// each direction.
+// grid: (sequences x sets of 2 or 3 heads, directions: both, or one); a producer warp and a
+// consumer warpgroup a head. Shared memory: 4 stages x (64 tokens of B or C, x or dy of the heads)
+// + an image a head: 163 or 211 KB at n = 128. Bound by HBM: per head and chunk 16 KB read and 16
+// KB written in each direction; where blocks are few, by the steps of one.
+#include <algorithm>
+
 #include "../core/launch.h"
 #include "scan_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 namespace sweeps {
 
-constexpr int kHeads = 2, kStages = 4;
-constexpr int kConsumerThreads = kHeads * tile::kWarpgroup, kThreads = kConsumerThreads + 32;
-enum Barriers { kHeadBarrier = 1, kTailBarrier = kHeadBarrier + kHeads };
+constexpr int kStages = 4;
+constexpr int consumer_threads(int heads) { return heads * tile::kWarpgroup; }
+constexpr int threads_of(int heads) { return consumer_threads(heads) + 32; }
+enum Barriers { kTailBarrier = 1, kHeadBarriers };
 
-template <class T, int kN>
+template <class T, int kN, int kHeads>
 struct alignas(1024) SweepStage {
   T operand[kBlock * kN];               // B or C: panels [token][64 n]
   T tokens[kHeads][kBlock * kHeadDim];  // x or dy: [token][p]
 };
-template <class T, int kN>
+template <class T, int kN, int kHeads>
 struct alignas(1024) SweepSmem {
-  SweepStage<T, kN> stage[kStages];
+  SweepStage<T, kN, kHeads> stage[kStages];
   T image[kHeads][kHeadDim * kN];
   PairWeights weight[2][kHeads][kBackwardQ / 2];  // by parity of the chunk, of two tokens each
   float decay[2][kHeads][2];                      // of its blocks
@@ -43,13 +46,14 @@ struct Sweep {
   bool reverse;
   int i_seq, group, first_head, heads;
   int first_chunk, chunks;
-  MAMBA2_DEVICE Sweep(const BackwardArgs& args, bool reverse) : reverse(reverse) {
-    const int pairs = ceil_div(args.heads_per_group(), kHeads);
-    const int pair = blockIdx.x % pairs;
-    group = blockIdx.x / pairs % args.g;
-    i_seq = blockIdx.x / pairs / args.g;
-    first_head = group * args.heads_per_group() + pair * kHeads;
-    heads = min(kHeads, args.heads_per_group() - pair * kHeads);
+  MAMBA2_DEVICE Sweep(const BackwardArgs& args, int heads_at_once, bool reverse)
+      : reverse(reverse) {
+    const int sets = ceil_div(args.heads_per_group(), heads_at_once);
+    const int skipped = blockIdx.x % sets * heads_at_once;
+    group = blockIdx.x / sets % args.g;
+    i_seq = blockIdx.x / sets / args.g;
+    first_head = group * args.heads_per_group() + skipped;
+    heads = min(heads_at_once, args.heads_per_group() - skipped);
     first_chunk = args.chunking.first(i_seq);
     chunks = args.chunking.count(i_seq);
   }
@@ -61,8 +65,9 @@ MAMBA2_DEVICE int block_of(const Chunk& chunk, const Sweep& sweep, int step) {
   return sweep.reverse ? blocks_of(chunk) - 1 - step : step;
 }
 
-template <class T, int kN>
-MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN>& s, const Sweep& sweep) {
+template <class T, int kN, int kHeads>
+MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN, kHeads>& s,
+                           const Sweep& sweep) {
   const ptx::TensorMap* operand = sweep.reverse ? &args.C : &args.B;
   const ptx::TensorMap* tokens = sweep.reverse ? &args.dy : &args.x;
   const uint32_t bytes = sizeof(T) * kBlock * (kN + sweep.heads * kHeadDim);
@@ -70,7 +75,7 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN>& s, const 
   for (int k = 0; k < sweep.chunks; ++k) {
     const Chunk chunk = args.chunking.at(sweep.chunk(k));
     for (int step = 0; step < blocks_of(chunk); ++step) {
-      SweepStage<T, kN>& stage = s.stage[at.stage];
+      auto& stage = s.stage[at.stage];
       ptx::Mbarrier* full = &s.ring.full[at.stage];
       const int token = chunk.token + block_of(chunk, sweep, step) * kBlock;
       ptx::mbarrier_wait(&s.ring.empty[at.stage], at.phase ^ 1);
@@ -107,10 +112,12 @@ struct Scalars {
   MAMBA2_DEVICE float decay() const { return ptx::ex2(a_end_log2 - a_before_log2); }
 };
 
-template <class T, int kN>
+template <class T, int kN, int kHeads>
 struct Consumer {
+  using Smem = SweepSmem<T, kN, kHeads>;
+  using Stage = SweepStage<T, kN, kHeads>;
   const BackwardArgs& args;
-  SweepSmem<T, kN>& s;
+  Smem& s;
   const Sweep& sweep;
   const int i, thread, head;  // which of the block's heads
   const bool active;
@@ -118,7 +125,7 @@ struct Consumer {
   tile::RingPosition<kStages> at;
   float state[kN / 2];
 
-  MAMBA2_DEVICE Consumer(const BackwardArgs& args, SweepSmem<T, kN>& s, const Sweep& sweep)
+  MAMBA2_DEVICE Consumer(const BackwardArgs& args, Smem& s, const Sweep& sweep)
       : args(args),
         s(s),
         sweep(sweep),
@@ -128,7 +135,7 @@ struct Consumer {
         active(i < sweep.heads),
         me(threadIdx.x) {}
 
-  MAMBA2_DEVICE void barrier() { ptx::bar_sync(kHeadBarrier + i, tile::kWarpgroup); }
+  MAMBA2_DEVICE void barrier() { ptx::bar_sync(kHeadBarriers + i, tile::kWarpgroup); }
   // f(e, where): this thread's pairs of elements e, e + 1 of a tensor (nseq, tensor_h, p, n).
   template <class F>
   MAMBA2_DEVICE void for_each_pair(F&& f) const {
@@ -214,8 +221,7 @@ struct Consumer {
   }
 
   // state = decay state + tokens^T diag(weight) operand, over one block of 64 tokens.
-  MAMBA2_DEVICE void add_block(const SweepStage<T, kN>& stage, const PairWeights* weight,
-                               float decay) {
+  MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight, float decay) {
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; ++e) state[e] *= decay;
     uint32_t a[16];
@@ -231,13 +237,13 @@ struct Consumer {
   }
 
   // Rows that belong to the next sequence become zero.
-  MAMBA2_DEVICE void clear_tail(SweepStage<T, kN>& stage, int count) {
+  MAMBA2_DEVICE void clear_tail(Stage& stage, int count) {
     for (int panel = 0; panel < kN / 64; ++panel)
       tile::zero_rows<kBlock>(stage.operand + panel * kBlock * 64, count, threadIdx.x,
-                              kConsumerThreads);
+                              consumer_threads(kHeads));
     if (active) tile::zero_rows<kBlock>(stage.tokens[i], count, thread, tile::kWarpgroup);
     ptx::fence_proxy_async_shared();
-    ptx::bar_sync(kTailBarrier, kConsumerThreads);
+    ptx::bar_sync(kTailBarrier, consumer_threads(kHeads));
   }
 
   MAMBA2_DEVICE void run() {
@@ -258,7 +264,7 @@ struct Consumer {
       }
       for (int step = 0; step < blocks_of(chunk); ++step) {
         const int block = block_of(chunk, sweep, step);
-        SweepStage<T, kN>& stage = s.stage[at.stage];
+        auto& stage = s.stage[at.stage];
         const int count = chunk.count - block * kBlock;
         ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
         if (args.chunking.table && count < kBlock) clear_tail(stage, count);
@@ -275,7 +281,7 @@ struct Consumer {
 
 // D as (h, 64) fp32, for the next kernel.
 MAMBA2_DEVICE void spread_D(const BackwardArgs& args, const Sweep& sweep) {
-  for (int i = threadIdx.x; i < sweep.heads * kHeadDim; i += kThreads) {
+  for (int i = threadIdx.x; i < sweep.heads * kHeadDim; i += blockDim.x) {
     const int head = sweep.first_head + i / kHeadDim, channel = i % kHeadDim;
     const int tensor_head = args.tensor_head(head);
     const int at =
@@ -285,25 +291,46 @@ MAMBA2_DEVICE void spread_D(const BackwardArgs& args, const Sweep& sweep) {
   }
 }
 
-template <class T, int kN>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
+template <class T, int kN, int kHeads>
+__global__ void MAMBA2_LAUNCH_BOUNDS(threads_of(kHeads), 1)
     state_sweeps_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args, bool reverse_only) {
 #if MAMBA2_SM90A
-  SweepSmem<T, kN>& s = *static_cast<SweepSmem<T, kN>*>(ptx::dynamic_smem());
+  auto& s = *static_cast<SweepSmem<T, kN, kHeads>*>(ptx::dynamic_smem());
+  constexpr int kConsumerThreads = consumer_threads(kHeads);
   if (threadIdx.x == 0) {
     s.ring.init(1, kConsumerThreads / 32);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
   ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
-  const Sweep sweep(args, reverse_only || blockIdx.y == 1);
+  const Sweep sweep(args, kHeads, reverse_only || blockIdx.y == 1);
+  // All that a producer loads is there before, unless dy is what a gate has left.
+  if (threadIdx.x < kConsumerThreads || reverse_only) ptx::griddepcontrol_wait();
   if (sweep.i_seq == 0 && blockIdx.y == 0) spread_D(args, sweep);
   if (threadIdx.x < kConsumerThreads)
-    Consumer<T, kN>(args, s, sweep).run();
+    Consumer<T, kN, kHeads>(args, s, sweep).run();
   else if (threadIdx.x == kConsumerThreads)
-    produce<T, kN>(args, s, sweep);
+    produce<T, kN, kHeads>(args, s, sweep);
 #endif
+}
+
+template <class T, int kN, int kHeads>
+int launch_sweeps(const BackwardArgs& args, Sweeps which, void* stream) {
+  const unsigned sets = args.g * ceil_div(args.heads_per_group(), kHeads);
+  const unsigned directions = which == Sweeps::both ? 2 : 1;
+  const LaunchShape at{dim3(sets * args.rows, directions), threads_of(kHeads),
+                       sizeof(SweepSmem<T, kN, kHeads>), true,
+                       BlockTile{kBlock, kHeadDim, kN, kStages}};
+  return launch(state_sweeps_kernel<T, kN, kHeads>, at, stream, args, which == Sweeps::gradients);
+}
+
+// The time of the sweeps with so many heads a block, in units of one head's where all SMs share the
+// HBM. A block that has more of it takes no less than alone_cost.
+double cost_of(const BackwardArgs& args, int directions, int heads, double alone_cost) {
+  const int64_t sets = int64_t(args.g) * ceil_div(args.heads_per_group(), heads);
+  const int64_t blocks = sets * args.rows * directions;
+  const double last = double(blocks % args.sm_count) / args.sm_count * heads;
+  return double(blocks / args.sm_count) * heads + (last > 0 ? std::max(last, alone_cost) : 0.);
 }
 
 }  // namespace sweeps
@@ -311,13 +338,13 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
 int state_sweeps(const BackwardArgs& args, Sweeps which, DType dtype, void* stream) {
   const Range range("state_sweeps");
   using namespace sweeps;
+  // Alone: as measured at n = 128, with 80 and 54 blocks.
+  const int directions = which == Sweeps::both ? 2 : 1;
+  const bool by_threes = cost_of(args, directions, 3, 2.1) < cost_of(args, directions, 2, 1.75);
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
-    const unsigned pairs = args.g * ceil_div(args.heads_per_group(), kHeads);
-    const unsigned directions = which == Sweeps::both ? 2 : 1;
-    const LaunchShape at{dim3(pairs * args.rows, directions), kThreads, sizeof(SweepSmem<T, n()>),
-                         true, BlockTile{kBlock, kHeadDim, n(), kStages}};
-    return launch(state_sweeps_kernel<T, n()>, at, stream, args, which == Sweeps::gradients);
+    return by_threes ? launch_sweeps<T, n(), 3>(args, which, stream)
+                     : launch_sweeps<T, n(), 2>(args, which, stream);
   });
 }
 

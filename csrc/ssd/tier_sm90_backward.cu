@@ -83,6 +83,7 @@ struct Memory {
 void set_sizes(BackwardArgs* args, const Shape& shape, bool D_per_channel, const Plan& plan,
                const Device& device) {
   args->D_per_channel = D_per_channel;
+  args->sm_count = std::max(1, device.sm_count);
   args->heads_per_slice = heads_per_slice(shape, plan, device);
   args->slices = ceil_div(shape.heads_per_group() * splits_of(shape), args->heads_per_slice);
 }
@@ -173,7 +174,7 @@ DeltaGradientParts parts_of(const BackwardArgs& args, int passes) {
   parts.dD = args.dD;
   parts.head_parts = args.splits;
   parts.passes = passes;
-  parts.programmatic = true;
+  parts.programmatic = parts.complete_early = true;  // group_sum stands between
   parts.dD_width = args.D_per_channel ? args.tensor_h * args.p : args.tensor_h;
   return parts;
 }

@@ -29,6 +29,9 @@ CASES = {
     "fp32 dt": dict(dt_dtype=torch.float32, dt_limit=(0.05, 0.12), seed=9),
     "packed": dict(l=300, cu_seqlens=(0, 3, 3, 70, 230, 300), initial_states="working", seed=10),
     "packed, tokens outside": dict(l=300, n=128, cu_seqlens=(5, 70, 71, 260), seed=11),
+    "packed, three heads": dict(
+        l=300, h=3, cu_seqlens=(0, 3, 70, 230, 300), initial_states="working", seed=37
+    ),
     "resets": dict(seq_idx=True, initial_states="working", seed=12),
     "weak decay": dict(decay="weak", l=300, seed=13),
     "strong decay": dict(decay="strong", l=300, seed=14),
