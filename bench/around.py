@@ -15,6 +15,7 @@ import torch
 
 from bench import command, rows, timing
 from mamba2_cuda import __version__
+from mamba2_cuda._dtypes import DTYPE_CODE
 from mamba2_cuda.ops import ssd_step  # registers the operators
 
 OPS = (
@@ -22,9 +23,12 @@ OPS = (
     "causal_conv1d_bwd",
     "gated_rmsnorm_fwd",
     "gated_rmsnorm_bwd",
+    "add_norm_fwd",
+    "add_norm_bwd",
     "ssd_step",
 )
 SHAPES = ((8, 4096, 5376), (2, 16384, 5376), (8, 2048, 1792))  # b, l, d
+RESIDUALS = ((8, 4096, 2560), (8, 2048, 768))  # b, l, d of add_norm
 WIDTH = 4
 BATCHES = (1, 16, 64, 256)  # of ssd_step, at h 80, p 64, g 1, n 128
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -68,6 +72,8 @@ def problems(ops):
         if op == "ssd_step":
             for dtype in STATE_DTYPES:
                 yield from (step_problem(b, dtype) for b in BATCHES)
+        elif op.startswith("add_norm"):
+            yield from (residual_problem(op, *shape) for shape in RESIDUALS)
         else:
             yield from (layer_problem(op, *shape) for shape in SHAPES)
 
@@ -93,6 +99,21 @@ def layer_problem(op, b, l, d):
         }[direction]
     moved = arrays[direction == "bwd"] * b * l * d * 2
     return Problem(op, f"b{b}_l{l}_d{d}", "bf16", call, moved)
+
+
+def residual_problem(op, b, l, d):
+    """A residual in fp32, what is added to it and its norm in bf16: those of a training step."""
+    residual, passed = (torch.randn(b, l, d, device="cuda") for _ in range(2))
+    x, weight = torch.randn_like(residual).bfloat16(), torch.ones(d, device="cuda")
+    ops, code = torch.ops.mamba2_cuda, DTYPE_CODE[torch.bfloat16]
+    call, moved = {
+        "add_norm_fwd": (lambda: ops.add_norm_forward(residual, x, weight, 1e-5, code), 12),
+        "add_norm_bwd": (
+            lambda: ops.add_norm_backward(x, passed, residual, weight, 1e-5, code),
+            16,
+        ),
+    }[op]
+    return Problem(op, f"b{b}_l{l}_d{d}", "bf16", call, moved * b * l * d)
 
 
 def step_problem(b, state_dtype, h=80, p=64, n=128):
