@@ -7,9 +7,10 @@
 // and has what the next one needs on its way while it steps one: the state, B and C to shared
 // memory (cp.async), the rest to registers. A thread reads the state that it copied itself, a warp
 // its own copy of B and C: there is no barrier of the block. Grid: as many blocks as the card holds
-// at once, or tasks. Shared memory: what two tasks need. Bound by memory: the state once in and
-// once out; at batch 1 by the latency of one such trip. Rows that are no whole number of 16 bytes,
-// fp64 and rarer pairs of types: ssd_step_any. Deterministic; nothing depends on the batch.
+// at once, or tasks, where these are few or very many. Shared memory: what two tasks need. Bound by
+// memory: the state once in and once out; at batch 1 by the latency of one such trip. Rows that are
+// no whole number of 16 bytes, fp64 and rarer pairs of types: ssd_step_any. Deterministic; nothing
+// depends on the batch.
 #include "../core/activations.cuh"
 #include "../core/launch.h"
 #include "../core/vectors.cuh"
@@ -24,6 +25,9 @@ constexpr int kThreads = 64;
 constexpr int most_blocks_per_sm(bool whole) { return whole ? 8 : 6; }
 constexpr int kSms = 132;             // of an H100 or H200, whatever the card
 constexpr int kSmemOfSm = 216 << 10;  // leaves what the driver takes of 8 blocks
+// From so many tasks a block on, each is a block of its own: SMs are not equally fast, and the card
+// deals out blocks as they end. With fewer, the next task's copies under this one gain more.
+constexpr int kManyTasks = 8;
 
 // ---- rows in vectors ----
 
@@ -326,12 +330,13 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, Ring<L>::kBlocksPerSm)
 
 template <class L>
 int run_layout(const StepParams& params, void* stream) {
-  constexpr int kBlocks = kSms * Ring<L>::kBlocksPerSm;
+  constexpr int kAtOnce = kSms * Ring<L>::kBlocksPerSm;
   const Shape& shape = params.in.shape;
   const int parts = ceil_div(shape.p, L::kTaskRows);
   const int64_t tasks = shape.b * shape.h * parts;
+  const bool one_each = tasks <= kAtOnce || tasks >= int64_t{kManyTasks} * kAtOnce;
   LaunchShape at;
-  at.grid = dim3(static_cast<unsigned>(tasks < kBlocks ? tasks : kBlocks));
+  at.grid = dim3(static_cast<unsigned>(one_each ? tasks : kAtOnce));
   at.threads = kThreads;
   at.smem_bytes = Ring<L>::kBytes;
   at.programmatic = true;
