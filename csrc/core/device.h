@@ -30,7 +30,7 @@ class OnDevice {
 
  private:
   struct Guard;
-  std::unique_ptr<Guard> guard_;  // none where it is the current one already
+  std::unique_ptr<Guard> guard_;
   int32_t index_ = 0;
   const Card* card_ = nullptr;
   void* stream_ = nullptr;

@@ -64,9 +64,7 @@ struct OnDevice::Guard {
 
 OnDevice::OnDevice(const Tensor& t)
     : index_(t.get_device_index()), card_(&card_of(index_)), stream_(current_stream(index_)) {
-  namespace accelerator = torch::stable::accelerator;
-  if (accelerator::getCurrentDeviceIndex() != index_)
-    guard_.reset(new Guard{accelerator::DeviceGuard(index_)});
+  guard_.reset(new Guard{torch::stable::accelerator::DeviceGuard(index_)});
 }
 OnDevice::~OnDevice() = default;
 
