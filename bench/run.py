@@ -8,6 +8,8 @@ Refuses when the tests of these sources were not green on this machine's GPU: ru
 `python -m pytest -p bench.stamp` first.
 """
 
+import gc
+
 import torch
 
 from bench import command, figure, rows, timing
@@ -90,6 +92,8 @@ def measure_shape(shape, ops, found, common, copy_rate, budget_ms=BUDGET_MS):
 
 
 def measure(implementation, shape, op, graph, copy_rate, budget_ms):
+    gc.collect()
+    torch.cuda.empty_cache()  # no one's memory is cut to the sizes of the one before
     call = calls(implementation, shape, op)
     for _ in range(3):
         call()  # Triton compiles and tunes here
