@@ -90,6 +90,17 @@ MAMBA2_DEVICE void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// One lane of the warp, all of which ask: known to be one, what it issues is issued once.
+MAMBA2_DEVICE bool elect_sync() {
+  uint32_t elected;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;}\n"
+      : "=r"(elected));
+  return elected;
+}
+
 // ---- registers and matrices ----
 template <int kRegisters>
 MAMBA2_DEVICE void setmaxnreg_inc() {

@@ -9,6 +9,7 @@ namespace mamba2::ssd::sm90 {
 
 template <class T, int kN>
 struct FinishingSide {
+  using Shape = ScanShape<kN>;
   static constexpr int kThreads = 32 * kFinishWarps;
   static constexpr int kUnit = 8;                     // elements of 16 bytes
   static constexpr int kRowUnits = kHeadDim / kUnit;  // a thread keeps its columns
@@ -47,19 +48,19 @@ struct FinishingSide {
     if (lane == 0) K[warp] = sum;
   }
 
-  MAMBA2_DEVICE void store_dx(int head) {
+  MAMBA2_DEVICE void store_dx(const HeadPlace& place, const T* dx) {
     const int thread = thread_anew();
     const int column = thread % kRowUnits * kUnit, first = thread / kRowUnits, rows = task.own();
     const int64_t token = task.chunk.token + task.block * kBlock + first;
     T* out = static_cast<T*>(args.dx.ptr) + task.chunk.row * args.dx.b + token * args.dx.l +
-             args.tensor_head(head) * args.dx.h + args.channel(head) + column;
-    if (column >= args.channels(head)) return;
+             place.head * args.dx.h + place.channel + column;
+    if (place.channel + column >= args.p) return;
     MAMBA2_UNROLL
     for (int pass = 0; pass < ceil_div(kBlock, kRowsAtOnce); ++pass) {
       const int row = first + pass * kRowsAtOnce;
       if (row < rows)
         *reinterpret_cast<uint4*>(out) =
-            *static_cast<const uint4*>(tile::panel_address(s.dx, row, column));
+            *static_cast<const uint4*>(tile::panel_address(dx, row, column));
       out += kRowsAtOnce * args.dx.l;
     }
   }
@@ -68,10 +69,11 @@ struct FinishingSide {
     const float (&R)[4][kBlock] = results.R[kOwn];
     const bool earlier = task.block == 0;
     const int64_t own = index * kBackwardQ + task.block * kBlock + i;
-    const float V = results.V[0][i] + results.V[1][i];
+    const bool shared = Shape::kSharers == 2;
+    const float V = shared ? results.V[0][i] + results.V[1][i] : results.V[0][i];
     const float row = R[0][i] + R[1][i] + R[2][i] + R[3][i] - V * results.delta[i];
-    args.columns[own] = V + results.diagonal[i];
-    args.to_state[own] = results.F[0][i] + results.F[1][i];
+    args.columns[own] = V + s.BC_diagonal[i] * results.dy_x[i];
+    args.to_state[own] = shared ? results.F[0][i] + results.F[1][i] : results.F[0][i];
     args.rows_out[own] = earlier ? row : row + results.E[i];
     if (earlier) args.later_rows[own] = results.E[i];
     const bool by_sweeps =
@@ -98,21 +100,22 @@ struct FinishingSide {
 
   MAMBA2_DEVICE void run() {
     const int lane = ptx::laneid();
+    HeadPlace place(args, task.first_head);
     MAMBA2_NO_UNROLL
-    for (int i = 0; i < task.heads; ++i) {
-      const ResultSlot slot(i);
+    for (int i = 0; i < task.heads; ++i, place.advance(args)) {
+      const ResultSlot<kN> slot(i);
       HeadResults& results = s.results[slot.stage];
       const int head = task.first_head + i;
       const int64_t index = args.head_at(task.i_chunk, head);
       if (task.block == 0) {
-        const StateSlot state(i);
+        const StateSlot<kN> state(i);
         ptx::mbarrier_wait(&s.states_ring.full[state.stage], state.phase);
         multiply_states(s.states[state.stage], results.K);
         arrive_warp(&s.states_ring.empty[state.stage], lane);
         ptx::bar_sync(kFinishBarrier, kThreads);
       }
       ptx::mbarrier_wait(&s.results_ring.full[slot.stage], slot.phase);
-      if (args.completes_dx()) store_dx(head);
+      if (args.completes_dx()) store_dx(place, s.dx[i % Shape::kDxTiles]);
       MAMBA2_NO_UNROLL
       for (int k = thread_anew(); k < 2 * kBlock; k += kThreads) {
         if (k < kBlock)

@@ -24,12 +24,15 @@ template <class T, int kN>
 struct TokenPairs : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
   using Base::args, Base::me, Base::s, Base::task;
-  static constexpr int kGroups = 4;        // of 8 columns, of either target
+  using typename Base::Shape;
+  static constexpr int kSharers = Shape::kSharers;
+  static constexpr int kRuns = 4, kRunGroups = 2 / kSharers;  // runs of 16 tokens i, groups of one
+  static constexpr int kGroups = kRuns * kRunGroups;          // of 8 columns, of either target
   using Columns = float[4 * kGroups];      // an accumulator of this side's columns
-  using Fragment = uint32_t[2 * kGroups];  // the same rounded: two steps of an A operand
+  using Fragment = uint32_t[2 * kGroups];  // the same rounded: steps of an A operand
   const int side;
-  float dCB[2][4 * kGroups];  // (j, i), summed over heads
-  Columns BC;                 // (C B^T)^T of the own block
+  float dCB[2][4 * kGroups];  // (j, i), summed over this side's heads
+  Columns BC;                 // (C B^T)^T of the own block, of a head that is shared
   Columns U;                  // of the next target: on its way from one step to the next
 
   MAMBA2_DEVICE TokenPairs(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
@@ -39,7 +42,22 @@ struct TokenPairs : ScanConsumer<T, kN> {
   MAMBA2_DEVICE bool earlier() const { return task.block == 0; }
   // Asked for anew: what follows from a kept one would cost registers.
   MAMBA2_DEVICE int thread_anew() const { return 32 * me.warp + ptx::laneid(); }
-  MAMBA2_DEVICE int group(int k) const { return 2 * k + side; }
+  // Which of a head's sharers this is.
+  MAMBA2_DEVICE int part() const { return kSharers == 2 ? side : 0; }
+  MAMBA2_DEVICE int group(int k) const { return kSharers * k + part(); }
+  // Where this lane's share of OwnBC would begin if it had all groups; of a group.
+  MAMBA2_DEVICE float4* own_BC() const {
+    if constexpr (kSharers == 1)
+      return s.between.groups[me.warp * (7 - me.warp)] + ptx::laneid();
+    else
+      return nullptr;
+  }
+  MAMBA2_DEVICE float4 own_BC(const float4* own, int k) const {
+    if constexpr (kSharers == 1)
+      return own[k * 32];
+    else
+      return float4{BC[4 * k], BC[4 * k + 1], BC[4 * k + 2], BC[4 * k + 3]};
+  }
 
   MAMBA2_DEVICE Rows rows_of(const TokenStage<T>& stage) const {
     Rows rows;
@@ -82,49 +100,62 @@ struct TokenPairs : ScanConsumer<T, kN> {
       columns[e & 1] += V[e] * rows.delta[e >> 1];
     }
   }
-  // The pairs with i == j, which are one side's or the other's: kept apart from all sums.
-  MAMBA2_DEVICE void take_diagonal(float (&V)[4], int k, int past, HeadResults& results) const {
-    float own_V = 0, own_U = 0;
-    bool has = false;
+  // C B^T of the own block as it is used: 0 where i <= j, so that V is, whatever L there is. The
+  // pairs with i == j are kept apart: their C_j . B_j goes to BC_diagonal.
+  MAMBA2_DEVICE void cut_triangle(Columns& bc) const {
     MAMBA2_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const bool here = past - 8 * (e >> 1) + (e & 1) == 0;
-      own_V = here ? V[e] : own_V;
-      own_U = here ? U[4 * k + e] : own_U;
-      V[e] = here ? 0 : V[e];
-      has = has || here;
+    for (int k = 0; k < kGroups; ++k) {
+      MAMBA2_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int past = me.column(group(k)) + (e & 1) - me.row(e >> 1);
+        if (past == 0) s.BC_diagonal[me.row(e >> 1)] = bc[4 * k + e];
+        bc[4 * k + e] = past > 0 ? bc[4 * k + e] : 0;
+      }
     }
-    if (has) {
-      results.diagonal[me.row(side)] = own_V;
-      results.dy_x[me.row(side)] = own_U;
-    }
+  }
+  // This lane's C_j . B_j of row 8 half of its warp's, where its fragment has i == j, or 0: a pair.
+  MAMBA2_DEVICE uint32_t diagonal_pair(int half) const {
+    const float bc = s.BC_diagonal[me.row(half)];
+    const int past = me.lane / 4 - 2 * (me.lane % 4);
+    return pack2<T>(past == 0 ? bc : 0, past == 1 ? bc : 0);
+  }
+  // A group of the own block's columns. Pairs i < j have no L: 1 stands in for it.
+  MAMBA2_DEVICE void weigh_group(Fragment& m, Rows& rows, float* columns, const float2& a2, int k,
+                                 const float4& bc) {
+    float L[4], V[4];
+    MAMBA2_UNROLL
+    for (int e = 0; e < 4; ++e)
+      L[e] = ptx::ex2(fminf((e & 1 ? a2.y : a2.x) - rows.a_log2[e >> 1], 0.f));
+    weigh_pairs<kOwn>(m, V, k, L, bc, rows);
+    add_sums(rows, columns + 2 * k, V);
   }
   // The own block's columns; a warp's own 16 tokens are where the triangle is cut.
   MAMBA2_DEVICE void weigh_own(Fragment& m, Rows& rows, float (&columns)[2 * kGroups],
-                               HeadResults& results, const float2 (&a_log2)[kGroups],
-                               const float* a_run_log2) {
-    const int past = 2 * (me.lane % 4) - me.lane / 4 + 8 * side;  // i - j there, of the first pair
-    // As a set of bits: told that k == warp, the compiler would index registers with the warp.
+                               const float2 (&a_log2)[kGroups], const float* a_run_log2) {
+    // As a set of bits: told that run == warp, the compiler would index registers with the warp.
     const unsigned diagonal = 1u << me.warp;
+    const float4* bc = own_BC();
+    uint32_t pair[kRunGroups];
+    MAMBA2_UNROLL
+    for (int i = 0; i < kRunGroups; ++i) pair[i] = diagonal_pair(kSharers == 2 ? side : i);
     MAMBA2_UNROLL
     for (int i = 0; i < 2 * kGroups; ++i) columns[i] = 0, m[i] = 0;
     MAMBA2_UNROLL
-    for (int k = 0; k < kGroups; ++k) {
-      if (k < me.warp) continue;  // every i is before every j
-      const float2 a2 = a_log2[k];
-      float L[4], V[4];
+    for (int run = 0; run < kRuns; ++run) {
+      if (run < me.warp) continue;  // every i is before every j
       MAMBA2_UNROLL
-      for (int e = 0; e < 4; ++e) L[e] = ptx::ex2((e & 1 ? a2.y : a2.x) - rows.a_log2[e >> 1]);
-      if (diagonal >> k & 1) {
-        MAMBA2_UNROLL
-        for (int e = 0; e < 4; ++e) L[e] = past - 8 * (e >> 1) + (e & 1) < 0 ? 0 : L[e];
+      for (int i = 0; i < kRunGroups; ++i) {
+        const int k = run * kRunGroups + i;
+        weigh_group(m, rows, columns, a_log2[k], k, own_BC(bc, k));
+        if (diagonal >> run & 1) {
+          if (kSharers == 1)
+            m[2 * k + i] |= pair[i];
+          else
+            m[2 * k] |= side ? 0 : pair[i], m[2 * k + 1] |= side ? pair[i] : 0;
+        }
       }
-      const float4 bc = {BC[4 * k], BC[4 * k + 1], BC[4 * k + 2], BC[4 * k + 3]};
-      weigh_pairs<kOwn>(m, V, k, L, bc, rows);
-      if (diagonal >> k & 1) take_diagonal(V, k, past, results);
-      add_sums(rows, columns + 2 * k, V);
-      const float run = run_decay(a_run_log2, k);
-      rows.a_log2[0] -= run, rows.a_log2[1] -= run;
+      const float decay = run_decay(a_run_log2, run);
+      rows.a_log2[0] -= decay, rows.a_log2[1] -= decay;
     }
   }
   // The later block's columns. L_ij is the product of what is left of j at the own block's end and
@@ -132,11 +163,11 @@ struct TokenPairs : ScanConsumer<T, kN> {
   MAMBA2_DEVICE void weigh_later(Fragment& m, Rows& rows, float (&columns)[2 * kGroups],
                                  const float* a_run_log2) {
     const float row_decay[2] = {ptx::ex2(-rows.a_log2[0]), ptx::ex2(-rows.a_log2[1])};
-    const float4* bc = s.BC_later[side][0] + thread_anew();
+    const float4* bc = s.BC_later[kGroups * part()] + thread_anew();
     float before = 0;  // decay of the runs before
     MAMBA2_UNROLL
     for (int k = 0; k < kGroups; ++k) {
-      if (kN > 64) __syncwarp();  // no loads of all groups' C B^T at once: registers
+      if (kSharers == 2) __syncwarp();  // no loads of all groups' C B^T at once: registers
       const float2 a2 = *reinterpret_cast<const float2*>(a_run_log2 + me.column(group(k)));
       const float decay[2] = {ptx::ex2(a2.x + before), ptx::ex2(a2.y + before)};
       float L[4], V[4];
@@ -145,12 +176,15 @@ struct TokenPairs : ScanConsumer<T, kN> {
       weigh_pairs<kLater>(m, V, k, L, bc[k * tile::kWarpgroup], rows);
       columns[2 * k] = columns[2 * k + 1] = 0;
       add_sums(rows, columns + 2 * k, V);
-      before += run_decay(a_run_log2, k);
+      if ((k + 1) % kRunGroups == 0) before += run_decay(a_run_log2, k / kRunGroups);
     }
   }
   MAMBA2_DEVICE void leave_columns(float (&columns)[2 * kGroups], HeadResults& results,
                                    int target) const {
-    alternate_column_sums(columns, results.R[target][me.warp] + 8 * side, me.lane);
+    if constexpr (kSharers == 2)
+      alternate_column_sums(columns, results.R[target][me.warp] + 8 * side, me.lane);
+    else
+      column_sums(columns, results.R[target][me.warp], me.lane);
   }
 };
 

@@ -7,17 +7,19 @@
 //   V_ij = L_ij (C_i.B_j) (dy_i.x_j): row sums R, column sums Q and, diagonal included, the direct
 //          part of d delta; E_i = 2^a_i dy_i.(S C_i), F_j, K = 2^a_q <G, S>, dD
 //
-// grid: (chunks, groups, 2 blocks of 64 tokens x slices of a group's heads). A block of threads
+// grid: chunks, groups, slices of a group's heads, and 2 blocks of 64 tokens. A block of threads
 //   owns 64 tokens, loops over its heads and keeps dB, dC and dCB, summed over heads, in registers.
 //   Its tokens are the j of all pairs (i, j): the earlier block also does the pairs with the later
-//   one, and what they give to the later tokens goes to dC_later and later_rows. Earlier blocks,
-//   which take longer, begin first, so that the card ends with short ones.
+//   one, and what they give to the later tokens goes to dC_later and later_rows. Earlier blocks
+//   take longer: they begin first, so that the card ends with short ones. But of many chunks, only
+//   the last do so: the others have their blocks side by side, and one finds S and G in the L2.
 // Warpgroups: the state side (products with S and G: dC, dB, E, dD); two token sides (products of
-//   tokens, transposed: rows are j), which share out columns i and channels: dx, dCB, R, Q, F; a
-//   warp that loads and three that finish: K, and dx and all sums to memory. C B^T is computed
-//   once, in fp32; dCB meets B and C once, after the last head.
-// Shared memory: 3 stages x (x, dy of two blocks) + 2 stages x (S, G) + B, C + C B^T of the later
-//   block + m of two exchanges + dx: 224 KB at n = 128. Registers: ScanRegisters.
+//   tokens, transposed: rows are j), which share out columns i and channels of each head, or, at
+//   n = 64, the heads: dx, dCB, R, Q, F; a warp that loads and three that finish: K, and dx and all
+//   sums to memory. C B^T is computed once, in fp32; dCB meets B and C once, after the last head.
+// Shared memory: 3 or 4 stages x (x, dy of two blocks) + 2 or 3 stages x (S, G) + B, C + C B^T of
+//   the later block + m of two exchanges, or C B^T of the own block + dx: 224 KB. Stages and
+//   registers: ScanShape.
 // Bound by the chain of the token sides; the floor is HBM's (80 KB a chunk and head).
 // Not supported: n other than 64 and 128.
 #include "../core/launch.h"
@@ -50,13 +52,13 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   ptx::griddepcontrol_wait();  // B, C and the table of chunks were there before
   constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
   const uint32_t bytes = (2 + earlier) * kTile + 3 * kScalars + kDRow;
-  for (int i = 0; i < task.heads; ++i) {
+  HeadPlace place(args, task.first_head);
+  for (int i = 0; i < task.heads; ++i, place.advance(args)) {
     const int head = task.first_head + i;
     const int64_t index = args.head_at(task.i_chunk, head);
-    const int64_t scalars = args.delta_at(task.i_chunk, head) * kBackwardQ;
-    const int tensor_head = args.tensor_head(head), channel = args.channel(head);
+    const int64_t scalars = (int64_t(task.i_chunk) * args.tensor_h + place.head) * kBackwardQ;
 
-    const StateSlot state(i);
+    const StateSlot<kN> state(i);
     StateStage<T, kN>& states = s.states[state.stage];
     ptx::Mbarrier* full = &s.states_ring.full[state.stage];
     ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
@@ -66,25 +68,22 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     ptx::bulk_load(states.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
                    full);
 
-    const TokenSlot slot(i);
+    const TokenSlot<kN> slot(i);
     TokenStage<T>& stage = s.tokens[slot.stage];
     full = &s.tokens_ring.full[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, bytes);
-    ptx::tma_load_4d_once(stage.x, &args.x, channel, tensor_head, own, chunk.row, full);
-    if (earlier)  // of the later tokens' dy both blocks have need
-      ptx::tma_load_4d_once(stage.dy[0], &args.dy, channel, tensor_head, own, chunk.row, full);
-    else
-      ptx::tma_load_4d(stage.dy[0], &args.dy, channel, tensor_head, own, chunk.row, full);
-    if (earlier)
-      ptx::tma_load_4d(stage.dy[1], &args.dy, channel, tensor_head, later, chunk.row, full);
+    ptx::tma_load_4d_once(stage.x, &args.x, place.channel, place.head, own, chunk.row, full);
+    ptx::tma_load_4d_once(stage.dy[0], &args.dy, place.channel, place.head, own, chunk.row, full);
+    if (earlier)  // of these both blocks have need
+      ptx::tma_load_4d(stage.dy[1], &args.dy, place.channel, place.head, later, chunk.row, full);
     ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + scalars, kScalars, full);
     ptx::bulk_load(stage.a_run_log2, args.a_run_log2 + scalars, kScalars, full);
     ptx::bulk_load(stage.delta, args.delta + scalars, kScalars, full);
     ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
   }
   if (!earlier) return;
-  const StateSlot state(task.heads);
+  const StateSlot<kN> state(task.heads);
   ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
   ptx::mbarrier_arrive_expect_tx(&s.states_ring.full[state.stage], kGroupTile);
   for (int panel = 0; panel < kN / 64; ++panel)
@@ -96,32 +95,31 @@ template <class T, int kN>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     chunk_scan_backward_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
 #if MAMBA2_SM90A
+  using Shape = ScanShape<kN>;
   auto& s = *static_cast<ChunkScanBackwardSmem<T, kN>*>(ptx::dynamic_smem());
   ptx::griddepcontrol_launch_dependents();
   const ScanTask task(args);
   if (task.chunk.i_seq < 0) return ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) {
-    s.tokens_ring.init(1, kConsumerWarps);
-    s.states_ring.init(1, kConsumerWarps + (task.block == 0 ? kFinishWarps : 0));
-    s.results_ring.init(kScanConsumers, kFinishWarps);
+    s.tokens_ring.init(1, Shape::kHeadWarps);
+    s.states_ring.init(1, Shape::kHeadWarps + (task.block == 0 ? kFinishWarps : 0));
+    s.results_ring.init(32 * Shape::kHeadWarps, kFinishWarps);
     ptx::mbarrier_init(&s.group_full, 1);
-    ptx::mbarrier_init(&s.consumers, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  using Registers = ScanRegisters<kN>;
   const int warp = tile::uniform(threadIdx.x / 32);
   if (warp >= kConsumerWarps) {
-    ptx::setmaxnreg_dec<Registers::kOthers>();
+    ptx::setmaxnreg_dec<Shape::kOthers>();
     if (warp > kConsumerWarps)
       FinishingSide<T, kN>{args, s, task, warp - kConsumerWarps - 1}.run();
-    else if (threadIdx.x == kScanConsumers)
+    else if (ptx::elect_sync())
       produce<T, kN>(args, s, task);
   } else if (warp < kSideWarps) {
-    ptx::setmaxnreg_inc<Registers::kState>();
+    ptx::setmaxnreg_inc<Shape::kState>();
     StateSide<T, kN>(args, s, task).run();
   } else {
-    ptx::setmaxnreg_inc<Registers::kTokens>();
+    ptx::setmaxnreg_inc<Shape::kTokens>();
     TokenSide<T, kN>(args, s, task).run();
   }
 #endif
@@ -135,8 +133,10 @@ int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
     using T = decltype(element);
     using Smem = ChunkScanBackwardSmem<T, n()>;
     static_assert(sizeof(Smem) <= 227 * 1024, "shared memory of one block");
-    const LaunchShape at{dim3(args.chunks, args.g, 2 * args.slices), kScanThreads, sizeof(Smem),
-                         true, BlockTile{kBlock, kHeadDim, n(), kTokenStages}};
+    const unsigned along = args.unpaired_chunks == args.chunks ? 1 : 2;
+    const LaunchShape at{dim3(along * args.chunks, args.g, 2 / along * args.slices), kScanThreads,
+                         sizeof(Smem), true,
+                         BlockTile{kBlock, kHeadDim, n(), ScanShape<n()>::kTokenStages}};
     return launch(chunk_scan_backward_kernel<T, n()>, at, stream, args);
   });
 }

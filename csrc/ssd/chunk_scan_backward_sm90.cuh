@@ -4,11 +4,25 @@
 
 namespace mamba2::ssd::sm90 {
 
-constexpr int kTokenStages = 3, kStateStages = 2, kResultStages = 2;
 constexpr int kScanConsumers = 3 * tile::kWarpgroup;
 constexpr int kScanThreads = kScanConsumers + tile::kWarpgroup;
 constexpr int kSideWarps = tile::kWarpgroup / 32, kConsumerWarps = kScanConsumers / 32;
 constexpr int kFinishWarps = 3;  // of the producer's warpgroup
+
+// How the two token sides share out the work, and what follows from it.
+template <int kN>
+struct ScanShape {
+  // Token sides that work on one head: two, a half of its columns and channels each; or one, so
+  // that the two are at different heads and neither waits for the other, where a thread's
+  // registers hold all columns.
+  static constexpr int kSharers = kN > 64 ? 2 : 1;
+  static constexpr int kHeadWarps = kSideWarps * (1 + kSharers);  // consumers of one head
+  static constexpr int kTokenStages = kSharers == 2 ? 3 : 4, kStateStages = kSharers == 2 ? 2 : 3;
+  static constexpr int kResultStages = kStateStages, kDxTiles = kStateStages - 1;
+  // Registers a thread of each side; together 512, the share of a thread of each of four
+  // warpgroups.
+  static constexpr int kState = kN > 64 ? 200 : 136, kTokens = kN > 64 ? 136 : 168, kOthers = 40;
+};
 
 // Where the i-th head of a task lies in a ring.
 template <int kStages>
@@ -17,9 +31,12 @@ struct Slot {
   uint32_t phase;
   MAMBA2_DEVICE explicit Slot(int i) : stage(i % kStages), phase(i / kStages & 1) {}
 };
-using TokenSlot = Slot<kTokenStages>;
-using StateSlot = Slot<kStateStages>;
-using ResultSlot = Slot<kResultStages>;
+template <int kN>
+using TokenSlot = Slot<ScanShape<kN>::kTokenStages>;
+template <int kN>
+using StateSlot = Slot<ScanShape<kN>::kStateStages>;
+template <int kN>
+using ResultSlot = Slot<ScanShape<kN>::kResultStages>;
 
 // The tokens of one head.
 template <class T>
@@ -41,39 +58,49 @@ struct alignas(1024) StateStage {
 // What the consumers leave of one head for the finishing side; dx is apart.
 struct alignas(16) HeadResults {
   float E[kBlock];
-  float F[2][kBlock];      // F_j / delta_j, by token side
-  float V[2][kBlock];      // sum_{i>j} V_ij, by token side
-  float delta[kBlock];     // delta_j
-  float diagonal[kBlock];  // V_jj
-  float R[2][4][kBlock];   // own and later columns, by warp
-  float dy_x[kBlock];      // dy_j . x_j
-  float dD[4][kHeadDim];   // by warp, when D is per channel
-  float through;           // 2^a_q
-  float K[kFinishWarps];   // <G, S>, by warp
+  float F[2][kBlock];     // F_j / delta_j, by sharer
+  float V[2][kBlock];     // sum_{i>j} V_ij, by sharer
+  float delta[kBlock];    // delta_j
+  float R[2][4][kBlock];  // own and later columns, by warp
+  float dy_x[kBlock];     // dy_j . x_j = U_jj
+  float dD[4][kHeadDim];  // by warp, when D is per channel
+  float through;          // 2^a_q
+  float K[kFinishWarps];  // <G, S>, by warp
+};
+
+// L o C B^T on its way from one sharer to the other, fragments: [buffer][side][register / 4]
+// [thread].
+struct Exchange {
+  uint4 m[2][2][2][tile::kWarpgroup];
+};
+// (C B^T)^T of the own block, accumulators: of each warp's columns from its own 16 tokens on,
+// [element / 4][lane], one warp after another.
+struct OwnBC {
+  float4 groups[20][32];
 };
 
 template <class T, int kN>
 struct alignas(1024) ChunkScanBackwardSmem {
-  TokenStage<T> tokens[kTokenStages];
-  StateStage<T, kN> states[kStateStages];
-  T B[kBlock * kN];         // own tokens: panels [token][64 n]
-  T C[kBlock * kN];         // own tokens
-  T dx[kBlock * kHeadDim];  // [token][p]
-  // (C B^T)^T of the later block's tokens, accumulators: [side][element / 4][thread].
-  float4 BC_later[2][4][tile::kWarpgroup];
-  // L o C B^T on its way from one token side to the other, fragments: [side][register / 4][thread].
-  uint4 m[2][2][2][tile::kWarpgroup];
-  HeadResults results[kResultStages];
-  tile::Ring<kTokenStages> tokens_ring;
-  tile::Ring<kStateStages> states_ring;
-  tile::Ring<kResultStages> results_ring;
+  using Shape = ScanShape<kN>;
+  TokenStage<T> tokens[Shape::kTokenStages];
+  StateStage<T, kN> states[Shape::kStateStages];
+  T B[kBlock * kN];                          // own tokens: panels [token][64 n]
+  T C[kBlock * kN];                          // own tokens
+  T dx[Shape::kDxTiles][kBlock * kHeadDim];  // [token][p]
+  // (C B^T)^T of the later block's tokens, accumulators: [element / 4][thread], by sharer.
+  float4 BC_later[8][tile::kWarpgroup];
+  std::conditional_t<Shape::kSharers == 2, Exchange, OwnBC> between;
+  float BC_diagonal[kBlock];  // C_j . B_j
+  HeadResults results[Shape::kResultStages];
+  tile::Ring<Shape::kTokenStages> tokens_ring;
+  tile::Ring<Shape::kStateStages> states_ring;
+  tile::Ring<Shape::kResultStages> results_ring;
   ptx::Mbarrier group_full;  // B and C are in
-  ptx::Mbarrier consumers;   // all consumers have come
 
   // C of the later tokens: until C B^T takes its place, and again after the last head, in the ring
   // of states.
   MAMBA2_DEVICE T* later_C() { return reinterpret_cast<T*>(BC_later); }
-  MAMBA2_DEVICE T* later_C_again(int heads) { return states[StateSlot(heads).stage].S; }
+  MAMBA2_DEVICE T* later_C_again(int heads) { return states[StateSlot<kN>(heads).stage].S; }
 };
 
 // A target is a block of tokens i: the own one, or (in the earlier block) the later one.
@@ -82,26 +109,29 @@ enum ScanBarriers {
   kTokenSidesBarrier = 1,
   kStateSideBarrier,
   kFinishBarrier,
-  kExchangeBarriers  // 4: by warp
-};
-
-// Registers a thread of each side; together 512, the share of a thread of each of four warpgroups.
-template <int kN>
-struct ScanRegisters {
-  static constexpr int kState = kN > 64 ? 200 : 152, kTokens = kN > 64 ? 136 : 160;
-  static constexpr int kOthers = 40;
+  kConsumersBarrier,
+  kHeadBarriers,                         // 2: by token side
+  kExchangeBarriers = kHeadBarriers + 2  // 4: by warp
 };
 
 // Which tokens and heads a block works on.
 struct ScanTask {
   int i_chunk, block, group, slice, first_head, heads;
   Chunk chunk;
-  MAMBA2_DEVICE explicit ScanTask(const BackwardArgs& args)
-      : i_chunk(blockIdx.x),
-        block(int(blockIdx.z) >= args.slices),
-        group(blockIdx.y),
-        slice(blockIdx.z - block * args.slices),
-        chunk(args.chunking.at(blockIdx.x)) {
+  MAMBA2_DEVICE explicit ScanTask(const BackwardArgs& args) : group(blockIdx.y) {
+    if (args.unpaired_chunks == args.chunks) {
+      i_chunk = blockIdx.x;
+      block = int(blockIdx.z) >= args.slices;
+      slice = blockIdx.z - block * args.slices;
+    } else {
+      const bool last = group == args.g - 1 && blockIdx.z == gridDim.z - 1;
+      const int unpaired = last ? args.unpaired_chunks : 0, paired = args.chunks - unpaired;
+      const int i = blockIdx.x - 2 * paired;
+      block = i < 0 ? i & 1 : i >= unpaired;
+      i_chunk = i < 0 ? blockIdx.x / 2 : paired + i - block * unpaired;
+      slice = blockIdx.z;
+    }
+    chunk = args.chunking.at(i_chunk);
     const int skipped = slice * args.heads_per_slice;
     first_head = group * args.heads_per_group() + skipped;
     heads = min(args.heads_per_slice, args.heads_per_group() - skipped);
@@ -160,12 +190,12 @@ MAMBA2_DEVICE void alternate_column_sums(float (&v)[8], float* sums, int lane) {
 // What all consumer warpgroups have and do.
 template <class T, int kN>
 struct ScanConsumer {
+  using Shape = ScanShape<kN>;
   const BackwardArgs& args;
   ChunkScanBackwardSmem<T, kN>& s;
   const ScanTask& task;
   const int thread;  // of the warpgroup
   const tile::Lane me;
-  uint32_t consumers_phase = 0;
 
   MAMBA2_DEVICE ScanConsumer(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
                              const ScanTask& task)
@@ -173,15 +203,11 @@ struct ScanConsumer {
 
   // A head's results are there. Every thread says so of its own: compute-sanitizer takes the
   // arrival of one lane for a warp as that lane's alone.
-  MAMBA2_DEVICE void results_full(const ResultSlot& slot) const {
+  MAMBA2_DEVICE void results_full(const ResultSlot<kN>& slot) const {
     ptx::mbarrier_arrive(&s.results_ring.full[slot.stage]);
   }
   // Waits for the other consumers.
-  MAMBA2_DEVICE void all() {
-    arrive_warp(&s.consumers, me.lane);
-    ptx::mbarrier_wait(&s.consumers, consumers_phase);
-    consumers_phase ^= 1;
-  }
+  MAMBA2_DEVICE void all() { ptx::bar_sync(kConsumersBarrier, kScanConsumers); }
   // Where a (slices, chunks, g, rows, n) array holds this block's group; then this lane's element.
   MAMBA2_DEVICE float* slice(float* array, int rows, int first_row) const {
     const int64_t i = (int64_t(task.slice) * args.chunks + task.i_chunk) * args.g + task.group;
@@ -217,37 +243,43 @@ struct ScanConsumer {
     for (int panel = 0; panel < kColumns / 64; ++panel)
       tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, thread, threads);
   }
-  // By all consumers.
-  template <int kColumns>
-  MAMBA2_DEVICE void clear(T* tile, int count) const {
-    clear<kColumns>(tile, count, threadIdx.x, kScanConsumers);
-  }
   MAMBA2_DEVICE void wait_group() {
     ptx::mbarrier_wait(&s.group_full, 0);
     const int valid = task.valid(args);
     if (valid == kBackwardQ) return;
-    clear<kN>(s.B, task.own_of(valid));
-    clear<kN>(s.C, task.own_of(valid));
-    if (task.block == 0) clear<kN>(s.later_C(), max(0, valid - kBlock));
+    clear<kN>(s.B, task.own_of(valid), threadIdx.x, kScanConsumers);
+    clear<kN>(s.C, task.own_of(valid), threadIdx.x, kScanConsumers);
+    if (task.block == 0)
+      clear<kN>(s.later_C(), max(0, valid - kBlock), threadIdx.x, kScanConsumers);
     ptx::fence_proxy_async_shared();
     all();
   }
   // The tokens of the i-th head of the task.
   MAMBA2_DEVICE const TokenStage<T>& wait_tokens(int i) {
-    const TokenSlot slot(i);
+    const TokenSlot<kN> slot(i);
     TokenStage<T>& stage = s.tokens[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.full[slot.stage], slot.phase);
     const int valid = task.valid(args);
-    if (valid == kBackwardQ) return stage;
-    clear<kHeadDim>(stage.x, task.own_of(valid));
-    clear<kHeadDim>(stage.dy[0], task.own_of(valid));
-    if (task.block == 0) clear<kHeadDim>(stage.dy[1], max(0, valid - kBlock));
-    ptx::fence_proxy_async_shared();
-    all();
+    if (valid < kBackwardQ) clear_tokens(stage, valid, i);
     return stage;
   }
+  // By all consumers of the i-th head.
+  MAMBA2_DEVICE void clear_tokens(TokenStage<T>& stage, int valid, int i) {
+    constexpr bool kShared = Shape::kSharers == 2;
+    constexpr int kThreads = 32 * Shape::kHeadWarps;
+    const bool by_state_side = threadIdx.x < tile::kWarpgroup;
+    const int mine = kShared || by_state_side ? int(threadIdx.x) : tile::kWarpgroup + thread;
+    clear<kHeadDim>(stage.x, task.own_of(valid), mine, kThreads);
+    clear<kHeadDim>(stage.dy[0], task.own_of(valid), mine, kThreads);
+    if (task.block == 0) clear<kHeadDim>(stage.dy[1], max(0, valid - kBlock), mine, kThreads);
+    ptx::fence_proxy_async_shared();
+    if (kShared)
+      all();
+    else
+      ptx::bar_sync(kHeadBarriers + i % 2, kThreads);
+  }
   MAMBA2_DEVICE const StateStage<T, kN>& wait_states(int i) const {
-    const StateSlot slot(i);
+    const StateSlot<kN> slot(i);
     ptx::mbarrier_wait(&s.states_ring.full[slot.stage], slot.phase);
     return s.states[slot.stage];
   }

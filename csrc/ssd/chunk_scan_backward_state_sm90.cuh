@@ -2,7 +2,7 @@
 // the gradient G of the state that leaves it.
 //
 //   dC_i += 2^a_i S^T dy_i                            E_i = 2^a_i dy_i . (S C_i)
-//   dB_j += 2^(a_q - a_j) delta_j G^T x_j
+//   dB_j += 2^(a_q - a_j) delta_j G^T x_j             U_jj = dy_j . x_j
 //
 // and, after the last head, what dCB adds to dB and dC.
 #pragma once
@@ -35,6 +35,23 @@ struct StateSide : ScanConsumer<T, kN> {
     column_sums(columns, results.dD[me.warp], me.lane);
   }
 
+  // dy_j . x_j, the diagonal of U: tensor cores take 16 by 16 tokens of both.
+  MAMBA2_DEVICE void multiply_diagonal(const TokenStage<T>& stage, HeadResults& results) const {
+    float upper[4] = {}, lower[4] = {};  // 16 tokens' dy by the upper, the lower 8 tokens' x
+    MAMBA2_UNROLL
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      uint32_t dy[4], x[4];
+      tile::load_fragment(dy, stage.dy[0], step, me);
+      tile::load_fragment(x, stage.x, step, me);
+      ptx::mma_m16n8k16<T>(upper, dy, x[0], x[2]);
+      ptx::mma_m16n8k16<T>(lower, dy, x[1], x[3]);
+    }
+    const int past = me.lane / 4 - 2 * (me.lane % 4);  // row - column of this lane's first element
+    if (past != 0 && past != 1) return;
+    results.dy_x[me.row(0)] = past == 0 ? upper[0] : upper[1];
+    results.dy_x[me.row(1)] = past == 0 ? lower[2] : lower[3];
+  }
+
   // S C_i, (token, p): issued.
   MAMBA2_DEVICE void multiply_state(float (&SC)[32], const StateStage<T, kN>& states) {
     ptx::wgmma_fence_operand(SC);
@@ -62,6 +79,7 @@ struct StateSide : ScanConsumer<T, kN> {
       to_state[half] = ptx::ex2(stage.a_log2[kBackwardQ - 1] - a_log2[row]) * delta[row];
     }
     if (args.D_per_channel) sum_dD(stage, results);
+    multiply_diagonal(stage, results);
     if (thread == 0) results.through = ptx::ex2(stage.a_log2[kBackwardQ - 1]);
     float E[2] = {};
     {
@@ -102,12 +120,12 @@ struct StateSide : ScanConsumer<T, kN> {
     for (int i = 0; i < task.heads; ++i) {
       const TokenStage<T>& stage = this->wait_tokens(i);
       const StateStage<T, kN>& states = this->wait_states(i);
-      const ResultSlot slot(i);
+      const ResultSlot<kN> slot(i);
       ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);
       head(stage, states, s.results[slot.stage]);
       this->results_full(slot);
-      arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
-      arrive_warp(&s.tokens_ring.empty[TokenSlot(i).stage], me.lane);
+      arrive_warp(&s.states_ring.empty[StateSlot<kN>(i).stage], me.lane);
+      arrive_warp(&s.tokens_ring.empty[TokenSlot<kN>(i).stage], me.lane);
     }
     this->all();  // no token is read any more
     this->all();  // the token sides have written dCB

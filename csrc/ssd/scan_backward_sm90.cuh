@@ -46,6 +46,8 @@ struct BackwardArgs {
   int h, g, n;                  // h = tensor_h splits; n: of a pass, from where on the tensors are
   int tensor_n;                 // of the tensors
   int slices, heads_per_slice;  // of a group's heads: each has its own sums of dB and dC
+  int unpaired_chunks;          // those whose blocks chunk_scan_backward does not do side by side:
+                                // of the last group and slice only, unless all chunks
   const float* delta;           // (chunks, tensor_h, q)
   const float* a_cumsum_log2;   // (chunks, tensor_h, q)
   const float* a_run_log2;      // (chunks, tensor_h, q)  the same from the start of each 16 tokens
@@ -114,6 +116,18 @@ int dispatch_backward(DType dtype, int n, F&& f) {
   };
   return dtype == DType::bf16 ? with_n(bf16{}) : with_n(f16{});
 }
+
+// Which of the tensors' heads one of these kernels' is of, and its first channel there; on to the
+// next one without a division.
+struct HeadPlace {
+  int head, channel;
+  MAMBA2_DEVICE HeadPlace(const BackwardArgs& args, int of)
+      : head(args.tensor_head(of)), channel(args.channel(of)) {}
+  MAMBA2_DEVICE void advance(const BackwardArgs& args) {
+    channel += kHeadDim;
+    if (channel == args.splits * kHeadDim) channel = 0, ++head;
+  }
+};
 
 // All lanes of a warp are done with what came before: one arrival.
 MAMBA2_DEVICE void arrive_warp(ptx::Mbarrier* barrier, int lane) {

@@ -18,6 +18,10 @@ namespace {
 // The time of a block that does not depend on its heads (loading B and C, storing dB and dC), in
 // heads.
 constexpr int64_t kBlockOverheadHeads = 3;
+// Where there are so many chunks an SM (times groups and slices), all but the last ones have their
+// blocks side by side.
+constexpr int64_t kManyChunksPerSm = 6;
+constexpr double kUnpairedChunksPerSm = 0.4;
 // With batch_invariant: slices of so many heads, whatever else there is to fill the card with.
 constexpr int kInvariantSliceHeads = 20;
 
@@ -40,6 +44,12 @@ int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) 
   for (int slices = 2; slices <= heads; ++slices)
     if (cost(slices) < cost(best)) best = slices;
   return ceil_div(heads, best);
+}
+
+int unpaired_chunks(const Shape& shape, int slices, int sms) {
+  const int64_t chunks = shape.chunks(kBackwardQ);
+  const bool many = chunks * shape.g * slices >= kManyChunksPerSm * sms;
+  return static_cast<int>(many ? std::min(chunks, int64_t(kUnpairedChunksPerSm * sms)) : chunks);
 }
 
 // What lies in the workspace; args points into it. With no memory behind it, it only counts.
@@ -86,6 +96,7 @@ void set_sizes(BackwardArgs* args, const Shape& shape, bool D_per_channel, const
   args->sm_count = std::max(1, device.sm_count);
   args->heads_per_slice = heads_per_slice(shape, plan, device);
   args->slices = ceil_div(shape.heads_per_group() * splits_of(shape), args->heads_per_slice);
+  args->unpaired_chunks = unpaired_chunks(shape, args->slices, args->sm_count);
 }
 
 // (b, l, h or g, width), innermost first; boxes of 64 tokens x 64 columns.
