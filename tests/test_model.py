@@ -164,6 +164,22 @@ def test_activation_checkpointing_changes_no_bit():
     assert all(torch.equal(*pair) for pair in zip(*results))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, dict(residual_in_fp32=False), OPTIONS["mlp"], HYBRID],
+    ids=["plain", "residual in bf16", "mlp", "hybrid"],
+)  # fmt: skip
+def test_logits_are_the_same_bits_without_gradients(options, autocast):
+    """The residual is summed and normed in place then."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model, tokens = make_model(dtype=dtype, **options), some_tokens(2, 9)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(tokens)
+        with torch.no_grad():
+            assert torch.equal(model(tokens), logits)
+    assert logits.requires_grad and logits.dtype == torch.bfloat16
+
+
 def test_a_half_precision_model_keeps_its_residual_in_fp32():
     model = make_model(dtype=torch.bfloat16)
     assert model(some_tokens(1, 5)).dtype == torch.bfloat16

@@ -108,7 +108,7 @@ inline int64_t rows_of_each(int64_t rows, int64_t blocks) {
   return rows > blocks ? ceil_div(rows, blocks) : 1;
 }
 
-// Whether vectors begin at whole vectors: of an array of rows, or of one that is not there.
+// Whether the rows of an array (of one that is absent, too) are made of whole, aligned vectors.
 inline bool has_vectors(const void* ptr, DType dtype, int64_t stride) {
   const auto bytes = size_of(dtype) * kVec;
   return reinterpret_cast<uintptr_t>(ptr) % bytes == 0 && stride % kVec == 0;
