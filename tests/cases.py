@@ -125,6 +125,15 @@ def steep_and_flat_heads(dtype, device="cpu", **sizes):
     return inputs, dy, d_final
 
 
+def still_states(dtype, device="cpu"):
+    """Inputs, dy and d_final_states: states that stay what they were over 1024 tokens."""
+    case = replace(STEEP, b=1, l=1024, h=24, n=16, p=16, dtype=dtype, dt_softplus=False)
+    inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
+    inputs["dt"][:] = 1e-4
+    inputs["A"][:] = 0.0
+    return inputs, dy, d_final
+
+
 def slices_of_a_projection(inputs):
     """z, x, B, C and dt as slices of one (b, l, width) tensor, NaN in all that is not theirs.
 

@@ -15,6 +15,7 @@ from cases import (
     packed,
     pairwise,
     steep_and_flat_heads,
+    still_states,
 )
 from common import check, check_inputs, plans, run_ops, run_public, same_bits
 from hypothesis import HealthCheck, given, settings
@@ -120,6 +121,14 @@ def test_extreme_steps(A, delta, dtype, device, ops):
 def test_steep_and_flat_heads_together(dtype, device, ops):
     """One head forgets at once and one never: a whole chunk's sum would swamp either."""
     inputs = steep_and_flat_heads(dtype, device)
+    for plan in plans(device, dtype):
+        check_inputs(run_ops(ops, plan), *inputs, f"plan={plan}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_that_stay(dtype, device, ops):
+    """Errors of a state that hardly changes are alike at all tokens, and add up in dA."""
+    inputs = still_states(dtype, device)
     for plan in plans(device, dtype):
         check_inputs(run_ops(ops, plan), *inputs, f"plan={plan}")
 

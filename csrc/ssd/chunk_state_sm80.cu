@@ -38,6 +38,7 @@ struct ChunkStateParams {
   int h, p, n, heads_per_group;
   Segments segments;
   bool first_pass;
+  void* state_rests;  // (chunks, h, p, n)            T, out, optional: second words of states
 };
 
 // What a block works on. It lies in shared memory, for the accumulators leave no registers for it.
@@ -159,14 +160,21 @@ struct Sweep {
       *reinterpret_cast<float2*>(g_final + i) = float2{left, right};
     });
   }
-  MAMBA2_DEVICE void store_entering_state(int64_t i_chunk) {
-    T* g_state = static_cast<T*>(params.states) + matrix(i_chunk);
+  MAMBA2_DEVICE void store_entering_state(int i_c) {
+    const int64_t i_chunk = work.first + i_c;
+    store_units(static_cast<T*>(params.states) + matrix(i_chunk), tile::to_unit<T>);
+    const float* decay = shared.decay[i_c % 2];
+    if (params.state_rests && lets_stay(decay[0] * decay[1]))
+      store_units(static_cast<T*>(params.state_rests) + matrix(i_chunk), tile::to_rest_unit<T>);
+  }
+  template <class F>
+  MAMBA2_DEVICE void store_units(T* to, F to_unit) {
     const int row = warp_p() + tile::unit_row();
     MAMBA2_UNROLL for (int i = 0; i < Tile::kBlocks; ++i) {
       const int col = warp_n() + 16 * i + tile::unit_col();
-      const uint4 unit = tile::to_unit<T>(acc[i][0], acc[i][1]);
+      const uint4 unit = to_unit(acc[i][0], acc[i][1]);
       if (work.p_base + row < params.p && work.n_base + col < params.n) {
-        *reinterpret_cast<uint4*>(g_state + static_cast<int64_t>(row) * params.n + col) = unit;
+        *reinterpret_cast<uint4*>(to + static_cast<int64_t>(row) * params.n + col) = unit;
       }
     }
   }
@@ -276,7 +284,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(Tile::kThreads, Tile::kThreads > 128 ? 2 : 
       ptx::cp_async_wait_group<kStages - 2>();
       __syncthreads();  // the step has landed, and the stage of the step before is free
       sweep.load_step(step + kStages - 1);
-      if (half == 0 && !params.first_pass) sweep.store_entering_state(work.first + i_c);
+      if (half == 0 && !params.first_pass) sweep.store_entering_state(i_c);
       sweep.scale(shared.decay[i_c % 2][half]);
       sweep.accumulate(step % kStages, shared.weight[i_c % 2] + half * kStepTokens);
     }
@@ -326,12 +334,13 @@ int choose_tile_p(const ChunkStateParams& params, int64_t nseq, const Device& de
 
 int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
                 const float* a_cumsum_log2, void* states, float* final_states,
-                const Segments& segments, const Device& device, void* stream) {
+                const Segments& segments, const Device& device, void* stream, void* state_rests) {
   const Range range("chunk_state");
   const Shape& shape = in.shape;
   ChunkStateParams params{
-      in.x,     in.B,    delta,   a_cumsum_log2, in.initial_states,       states,   final_states,
-      chunking, shape.h, shape.p, shape.n,       shape.heads_per_group(), segments, false};
+      in.x,         in.B,     delta,      a_cumsum_log2, in.initial_states, states,
+      final_states, chunking, shape.h,    shape.p,       shape.n,           shape.heads_per_group(),
+      segments,     false,    state_rests};
   const auto sweep = [&](bool first_pass) {
     params.first_pass = first_pass;
     return in.dtype == DType::bf16 ? choose_tile_p<bf16>(params, shape.nseq, device, stream)

@@ -77,10 +77,12 @@ int segment_passing(const Shape& shape, const Chunking& chunking, const Segments
 
 // ---- chunk_state_sm80.cu: chunk_state and state_passing ----
 // states (chunks, h, p, n), x's dtype: the state entering each chunk. final_states (nseq, h, p, n),
-// optional. q of `chunking` is kChunkTokens, here and below.
+// optional. state_rests, as states, optional: what these lose by being rounded, of chunks that let
+// the state stay. q of `chunking` is kChunkTokens, here and below.
 int chunk_state(const Inputs& in, const Chunking& chunking, const float* delta,
                 const float* a_cumsum_log2, void* states, float* final_states,
-                const Segments& segments, const Device& device, void* stream);
+                const Segments& segments, const Device& device, void* stream,
+                void* state_rests = nullptr);
 
 // ---- chunk_scan_sm80.cu ----
 // y from the states entering the chunks.

@@ -29,6 +29,7 @@ struct StateGradients {
   Strided dy;                             // (b, l, h, p)          T
   Strided C;                              // (b, l, g, n)          T
   const void* S = nullptr;                // (chunks, h, p, n)     T
+  bool S_rests = false;                   // whether G holds what S has lost by being rounded
   const float* initial_states = nullptr;  // (nseq, h, p, n)       optional: S before its rounding
   const float* d_final_states = nullptr;  // (nseq, h, p, n)       optional: zeros
   void* G = nullptr;                      // (chunks, h, p, n)     T, out

@@ -1,9 +1,13 @@
-// What the sweeps over segments share (Segments in launch.h).
+// What the sweeps over chunks and segments of them share (Segments in launch.h).
 #pragma once
 #include "formulas.cuh"
 #include "launch.h"
 
 namespace mamba2::ssd::sm80 {
+
+// Whether a chunk of this decay leaves the state so much as it was that the next chunk's would be
+// rounded alike: 1 / 64 is 2 to 4 steps of bf16.
+MAMBA2_DEVICE bool lets_stay(float decay) { return decay > 1.f - 1.f / 64; }
 
 // The state that a segment leaves, counted from zero, depends on its last chunks alone when those
 // forget all that was before: 2^-160 is 0 in fp32. (Backward: the gradient, on its first chunks.)

@@ -3,7 +3,9 @@
 //   G_prev = 2^s_q G + sum_i 2^s_i dy_i C_i^T,   and   K = 2^s_q <G, S>
 // writes the gradient G of the state that LEAVES each chunk, rounded to the dtype, and that of the
 // initial state in fp32. G stays in fp32 accumulators from the last token to the first, and K takes
-// it from there. K of a sequence's first chunk takes S unrounded too, from initial_states.
+// it from there. S of a chunk that lets the state stay it takes in two words, the second of which
+// lies where G is to lie; states that the forward kept have one word, but for the first chunk's,
+// which comes from initial_states.
 // Weights span 64 tokens, half a chunk: those that lie just below 1 all round one way, and the more
 // so the more tokens they span.
 //
@@ -174,16 +176,28 @@ struct Units {
   }
 };
 
-// S of a chunk: in flight while the chunk after it is computed with.
+// S of a chunk, or its second word: the first in flight while the chunk after it is computed with.
 template <class T>
-MAMBA2_DEVICE void load_S(uint4 (&S)[kTiles], const GradientParams& params, const Place& at,
-                          int i_chunk) {
+MAMBA2_DEVICE void load_S(uint4 (&S)[kTiles], const void* states, const GradientParams& params,
+                          const Place& at, int i_chunk) {
   const Units units(at);
-  const T* from = static_cast<const T*>(params.scan.S) + units.at(params, at.i_h, i_chunk);
+  const T* from = static_cast<const T*>(states) + units.at(params, at.i_h, i_chunk);
   MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) S[i] =
       units.valid(params, i) ? *reinterpret_cast<const uint4*>(from + 16 * i) : uint4{0, 0, 0, 0};
 }
 
+// <G, S>, with S of a chunk that the forward kept, or its first word and then the other.
+template <class T>
+MAMBA2_DEVICE float product_with(const Gradient& G, const uint4 (&S)[kTiles]) {
+  float dot = 0;
+  MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
+    float left[4], right[4];
+    tile::from_unit<T>(left, right, S[i]);
+    MAMBA2_UNROLL for (int e = 0; e < 4; ++e) dot +=
+        G.left[i][e] * left[e] + G.right[i][e] * right[e];
+  }
+  return dot;
+}
 // G, rounded, to global memory; this warp's share of K to shared memory. S_unrounded, (h, p, n) of
 // this sequence, takes the place of S where it is given.
 template <class T, class Stage>
@@ -192,14 +206,17 @@ MAMBA2_DEVICE void store_state(Gradient& G, const uint4 (&S)[kTiles], const floa
                                int i_chunk) {
   const Units units(at);
   T* to = static_cast<T*>(params.scan.G) + units.at(params, at.i_h, i_chunk);
-  float dot = 0;
+  float dot = product_with<T>(G, S);
+  static_assert(kHalves == 2, "the decay of the chunk");
+  const float decay = stage.decay[0] * stage.decay[1];
+  if (params.scan.S_rests && lets_stay(decay)) {
+    uint4 rests[kTiles];
+    load_S<T>(rests, params.scan.G, params, at, i_chunk);
+    dot += product_with<T>(G, rests);
+  }
   MAMBA2_UNROLL for (int i = 0; i < kTiles; ++i) {
     const uint4 unit = tile::to_unit<T>(G.left[i], G.right[i]);
     if (units.valid(params, i)) *reinterpret_cast<uint4*>(to + 16 * i) = unit;
-    float left[4], right[4];
-    tile::from_unit<T>(left, right, S[i]);
-    MAMBA2_UNROLL for (int e = 0; e < 4; ++e) dot +=
-        G.left[i][e] * left[e] + G.right[i][e] * right[e];
   }
   if (S_unrounded) {
     dot = 0;
@@ -209,8 +226,7 @@ MAMBA2_DEVICE void store_state(Gradient& G, const uint4 (&S)[kTiles], const floa
     });
   }
   dot = warp_sum(dot);
-  static_assert(kHalves == 2, "the decay of the chunk");
-  if (tile::lane() == 0) stage.K[at.warp_n][at.warp_p] = stage.decay[0] * stage.decay[1] * dot;
+  if (tile::lane() == 0) stage.K[at.warp_n][at.warp_p] = decay * dot;
 }
 
 // K of the chunk, by the first threads, once all warps have left their shares.
@@ -271,7 +287,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
   }
   uint4 S[kTiles];
   if (count > 0) {
-    if (!first_pass) load_S<T>(S, params, at, first + count - 1);
+    if (!first_pass) load_S<T>(S, params.scan.S, params, at, first + count - 1);
     start_chunk<T, kN>(shared.stage[0], params, at, first + count - 1);
     store_weight(shared.stage[0], load_weight(params, at, first + count - 1));
   }
@@ -291,7 +307,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(2 * kN, kN == 128 ? 2 : 3)
     if (!first_pass) {
       store_state<T>(G, S, i_chunk == first ? segment.S_unrounded : nullptr, stage, params, at,
                      i_chunk);
-      if (i + 1 < count) load_S<T>(S, params, at, i_chunk - 1);
+      if (i + 1 < count) load_S<T>(S, params.scan.S, params, at, i_chunk - 1);
     }
     advance<T>(G, stage, at);
     if (i + 1 < count) store_weight(other, next);

@@ -79,7 +79,7 @@ struct Backward {
       return error;
     if (params.chunk_states) return 0;
     return chunk_state(in, problem.chunking, memory.delta, memory.a_cumsum_log2, memory.S, nullptr,
-                       memory.segments, device, stream);
+                       memory.segments, device, stream, memory.G);
   }
   int pass_gate() {
     dy = params.dy;
@@ -95,6 +95,7 @@ struct Backward {
     scan.dy = dy;
     scan.C = params.in.C;
     scan.S = S;
+    scan.S_rests = !params.chunk_states;
     const AnyFloat& initial = params.in.initial_states;
     if (initial.dtype == DType::f32) scan.initial_states = static_cast<const float*>(initial.ptr);
     scan.d_final_states = static_cast<const float*>(params.d_final_states);

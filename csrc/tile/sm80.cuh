@@ -99,6 +99,18 @@ MAMBA2_DEVICE uint4 to_unit(const float (&left)[4], const float (&right)[4]) {
   quad_transpose(r);
   return {r[0], r[1], r[2], r[3]};
 }
+// The same of what these lose by being rounded.
+template <class T>
+MAMBA2_DEVICE uint4 to_rest_unit(const float (&left)[4], const float (&right)[4]) {
+  float rests[2][4];
+  MAMBA2_UNROLL for (int i = 0; i < 4; i += 2) {
+    const float2 l = unpack2<T>(pack2<T>(left[i], left[i + 1]));
+    const float2 r = unpack2<T>(pack2<T>(right[i], right[i + 1]));
+    rests[0][i] = left[i] - l.x, rests[0][i + 1] = left[i + 1] - l.y;
+    rests[1][i] = right[i] - r.x, rests[1][i + 1] = right[i + 1] - r.y;
+  }
+  return to_unit<T>(rests[0], rests[1]);
+}
 template <class T>
 MAMBA2_DEVICE void from_unit(float (&left)[4], float (&right)[4], uint4 unit) {
   uint32_t r[4] = {unit.x, unit.y, unit.z, unit.w};
