@@ -64,27 +64,23 @@ def blocks():
 
 def decode(batch, tokens=4):
     """Steps of two layers from a state that every replay puts back."""
-    from mamba2_cuda.nn import Block, Mamba2
+    from mamba2_cuda.nn import Block, Mamba2, Tokens
 
     made = dict(device="cuda", dtype=torch.bfloat16)
     layers = [Block(512, Mamba2(512, **made), **made) for _ in range(2)]
     caches = [layer.mixer.allocate_cache(batch) for layer in layers]
     first = [normal(*cache.ssm.shape, dtype=torch.float32) for cache in caches]
-    u = normal(batch, 512, dtype=torch.float32)
+    u = normal(batch, 1, 512, dtype=torch.float32)
 
     @torch.no_grad()
     def call():
         for cache, state in zip(caches, first):
             cache.ssm.copy_(state)
             cache.conv.zero_()
-        residual = u.clone()
+        residual = u
         for _ in range(tokens):
             for layer, cache in zip(layers, caches):
-                if layer.mixer.adds_fast(residual):
-                    layer.mixer.add_step(residual, layer.norm, cache)
-                else:
-                    normed = layer.norm.add(residual[:, None], None)
-                    residual += layer.mixer(normed, cache=cache)[:, 0]
+                residual = layer(residual, Tokens(1), cache)
         return residual, *(cache.ssm for cache in caches)
 
     return call
