@@ -38,7 +38,7 @@ namespace {
 // In units of one chunk of one pair (about 1.3 us on an H200):
 constexpr double kTaskOverhead = 0.6;       // filling the ring, taking over a state
 constexpr double kPassOneShare = 0.55;      // pass one's time beside pass two's
-constexpr double kPrefixShare = 0.47;       // the same, of a block beside others in pass two
+constexpr double kPrefixShare = 0.44;       // the same, of a block beside others in pass two
 constexpr double kRunOverhead = 0.4;        // a task that takes over nothing
 constexpr double kScanOverhead = 4;         // two more launches, their tails
 constexpr double kBytesPerChunkTime = 5e6;  // what segment_scan moves meanwhile, all SMs together
