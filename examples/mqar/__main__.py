@@ -2,6 +2,7 @@
 
   python -m examples.mqar --mixer mamba2 --d-model 64 --d-state 64     one model
   python -m examples.mqar --grid --budget-seconds 200                  all, a table and a plot
+  python -m examples.mqar --draw                                       of results that are there
 
 Two layers; every step draws new sequences. Leaves results.jsonl, table.md and mqar.png in --out.
 A full run of the paper is 2^18 examples 8 times over for each of four stages. --steps, or
@@ -34,7 +35,9 @@ GRID_WIDTHS = (64, 128)
 def main(arguments=None):
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.grid:
+    if options.draw:
+        runs = []
+    elif options.grid:
         runs = [(kind, d, n, rates, share) for kind, n, rates, share in GRID for d in GRID_WIDTHS]
     else:
         runs = [(options.mixer, options.d_model, options.d_state, (3e-3,), 1)]
@@ -48,6 +51,7 @@ def main(arguments=None):
         with (options.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(best) + "\n")
     rows = [json.loads(row) for row in (options.out / "results.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: (row["mixer"], row["d_state"], row["d_model"]))
     (options.out / "table.md").write_text(table(rows))
     plot(rows, options.out / "mqar.png")
     return 0
@@ -60,6 +64,7 @@ def parse(arguments):
     )  # fmt: skip
     add = parser.add_argument
     add("--grid", action="store_true", help="every mixer, width and state")
+    add("--draw", action="store_true", help="table and plot of the results in --out, no training")
     add("--mixer", choices=MIXERS, default="mamba2")
     add("--d-model", type=int, default=64)
     add("--d-state", type=int, default=64)
