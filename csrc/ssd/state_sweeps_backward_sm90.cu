@@ -7,12 +7,12 @@
 // is written out as it is, rounded, then scaled and added to, half a chunk at a time: weights just
 // below 1 all round one way, and the more so the more tokens they span. The A operand is the
 // transpose of the tokens' tile, weighted in registers; the B operand the tile of B or C, shared by
-// two heads.
+// a block's heads.
 //
 // grid: (sequences x sets of 2 or 3 heads, directions: both, or one); a producer warp and a
-// consumer warpgroup a head. Shared memory: 4 stages x (64 tokens of B or C, x or dy of the heads)
-// + an image a head: 163 or 211 KB at n = 128. Bound by HBM: per head and chunk 16 KB read and 16
-// KB written in each direction; where blocks are few, by the steps of one.
+// consumer warpgroup a head. Shared memory: 4 or 3 stages x (64 tokens of B or C, x or dy of the
+// heads) + two images a head: 195 or 220 KB at n = 128. Bound by HBM: per head and chunk 16 KB read
+// and 16 KB written in each direction; where blocks are few, by the steps of one.
 #include <algorithm>
 
 #include "../core/launch.h"
@@ -21,7 +21,7 @@
 namespace mamba2::ssd::sm90 {
 namespace sweeps {
 
-constexpr int kStages = 4;
+constexpr int stages_of(int heads) { return heads > 2 ? 3 : 4; }
 constexpr int consumer_threads(int heads) { return heads * tile::kWarpgroup; }
 constexpr int threads_of(int heads) { return consumer_threads(heads) + 32; }
 enum Barriers { kTailBarrier = 1, kHeadBarriers };
@@ -33,9 +33,10 @@ struct alignas(1024) SweepStage {
 };
 template <class T, int kN, int kHeads>
 struct alignas(1024) SweepSmem {
+  static constexpr int kStages = stages_of(kHeads);
   SweepStage<T, kN, kHeads> stage[kStages];
-  T image[kHeads][kHeadDim * kN];
-  PairWeights weight[2][kHeads][kBackwardQ / 2];  // by parity of the chunk, of two tokens each
+  T image[2][kHeads][kHeadDim * kN];              // by parity of the chunk
+  PairWeights weight[2][kHeads][kBackwardQ / 2];  // likewise, of two tokens each
   float decay[2][kHeads][2];                      // of its blocks
   float through[kHeads][4];                       // by warp
   tile::Ring<kStages> ring;
@@ -46,6 +47,7 @@ struct Sweep {
   bool reverse;
   int i_seq, group, first_head, heads;
   int first_chunk, chunks;
+  Sequence sequence;
   MAMBA2_DEVICE Sweep(const BackwardArgs& args, int heads_at_once, bool reverse)
       : reverse(reverse) {
     const int sets = ceil_div(args.heads_per_group(), heads_at_once);
@@ -56,8 +58,17 @@ struct Sweep {
     heads = min(heads_at_once, args.heads_per_group() - skipped);
     first_chunk = args.chunking.first(i_seq);
     chunks = args.chunking.count(i_seq);
+    sequence = args.chunking.sequence(i_seq);
   }
-  MAMBA2_DEVICE int chunk(int k) const { return first_chunk + (reverse ? chunks - 1 - k : k); }
+  // The k-th chunk on the way: its place in the sequence, its number among all chunks, and what
+  // Chunking::at says of it, with no division.
+  MAMBA2_DEVICE int place(int k) const { return reverse ? chunks - 1 - k : k; }
+  MAMBA2_DEVICE int number(int k) const { return first_chunk + place(k); }
+  MAMBA2_DEVICE Chunk chunk(int k) const {
+    const int i_c = place(k), first = i_c * kBackwardQ, left = int(sequence.length) - first;
+    return {i_seq, sequence.row,     int(sequence.token) + first, min(kBackwardQ, left),
+            i_c,   i_c == chunks - 1};
+  }
 };
 MAMBA2_DEVICE int blocks_of(const Chunk& chunk) { return chunk.count > kBlock ? 2 : 1; }
 // The block that is the step-th on the way through a chunk.
@@ -71,9 +82,9 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN, kHeads>& s
   const ptx::TensorMap* operand = sweep.reverse ? &args.C : &args.B;
   const ptx::TensorMap* tokens = sweep.reverse ? &args.dy : &args.x;
   const uint32_t bytes = sizeof(T) * kBlock * (kN + sweep.heads * kHeadDim);
-  tile::RingPosition<kStages> at;
+  tile::RingPosition<stages_of(kHeads)> at;
   for (int k = 0; k < sweep.chunks; ++k) {
-    const Chunk chunk = args.chunking.at(sweep.chunk(k));
+    const Chunk chunk = sweep.chunk(k);
     for (int step = 0; step < blocks_of(chunk); ++step) {
       auto& stage = s.stage[at.stage];
       ptx::Mbarrier* full = &s.ring.full[at.stage];
@@ -95,8 +106,8 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN, kHeads>& s
 struct Scalars {
   float a_log2 = 0, delta = 0, a_end_log2 = 0, a_before_log2 = 0, a_last_log2 = 0;
   MAMBA2_DEVICE Scalars() {}
-  MAMBA2_DEVICE Scalars(const BackwardArgs& args, int chunk, int head, int token) {
-    const int64_t at = args.delta_at(chunk, head) * kBackwardQ;
+  MAMBA2_DEVICE Scalars(const BackwardArgs& args, int chunk, int tensor_head, int token) {
+    const int64_t at = (int64_t(chunk) * args.tensor_h + tensor_head) * kBackwardQ;
     a_log2 = args.a_cumsum_log2[at + token];
     delta = args.delta[at + token];
     const int block = token / kBlock * kBlock;
@@ -119,10 +130,10 @@ struct Consumer {
   const BackwardArgs& args;
   Smem& s;
   const Sweep& sweep;
-  const int i, thread, head;  // which of the block's heads
+  const int i, thread, head, tensor_head;  // i: which of the block's heads
   const bool active;
   const tile::Lane me;
-  tile::RingPosition<kStages> at;
+  tile::RingPosition<stages_of(kHeads)> at;
   float state[kN / 2];
 
   MAMBA2_DEVICE Consumer(const BackwardArgs& args, Smem& s, const Sweep& sweep)
@@ -132,6 +143,7 @@ struct Consumer {
         i(threadIdx.x / tile::kWarpgroup),
         thread(threadIdx.x % tile::kWarpgroup),
         head(sweep.first_head + i),
+        tensor_head(args.tensor_head(head)),
         active(i < sweep.heads),
         me(threadIdx.x) {}
 
@@ -139,8 +151,8 @@ struct Consumer {
   // f(e, where): this thread's pairs of elements e, e + 1 of a tensor (nseq, tensor_h, p, n).
   template <class F>
   MAMBA2_DEVICE void for_each_pair(F&& f) const {
-    const int64_t tensor_head = int64_t(sweep.i_seq) * args.tensor_h + args.tensor_head(head);
-    const int64_t first_row = tensor_head * args.p + args.channel(head);
+    const int64_t heads_before = int64_t(sweep.i_seq) * args.tensor_h + tensor_head;
+    const int64_t first_row = heads_before * args.p + args.channel(head);
     const int channels = args.channels(head);
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -180,24 +192,24 @@ struct Consumer {
 
   // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
   MAMBA2_DEVICE void write_state(int chunk, const Scalars& scalars, int parity) {
-    if (thread == 0) ptx::bulk_wait_group_read<0>();
     const float weight = scalars.weight(sweep.reverse);
     const float next = __shfl_down_sync(kAllLanes, weight, 1);
     if (thread % 2 == 0) s.weight[parity][i][thread / 2] = split_weights<T>(weight, next);
     if (thread % kBlock == 0) s.decay[parity][i][thread / kBlock] = scalars.decay();
-    barrier();
+    T* image = s.image[parity][i];
     MAMBA2_UNROLL
     for (int step = 0; step < kN / 16; ++step) {
       const float* e = state + 8 * step;
       const uint32_t r[4] = {pack2<T>(e[0], e[1]), pack2<T>(e[2], e[3]), pack2<T>(e[4], e[5]),
                              pack2<T>(e[6], e[7])};
-      tile::store_fragment(s.image[i] + step / 4 * kHeadDim * 64, r, step % 4, me);
+      tile::store_fragment(image + step / 4 * kHeadDim * 64, r, step % 4, me);
     }
     ptx::fence_proxy_async_shared();
+    if (thread == 0) ptx::bulk_wait_group_read<0>();  // the other image has been read
     barrier();
     if (thread == 0) {
       T* out = static_cast<T*>(sweep.reverse ? args.d_states : args.states);
-      ptx::bulk_store(out + args.head_at(chunk, head) * (kHeadDim * kN), s.image[i],
+      ptx::bulk_store(out + args.head_at(chunk, head) * (kHeadDim * kN), image,
                       sizeof(T) * kHeadDim * kN);
       ptx::bulk_commit_group();
     }
@@ -223,7 +235,7 @@ struct Consumer {
   // state = decay state + tokens^T diag(weight) operand, over one block of 64 tokens.
   MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight, float decay) {
     MAMBA2_UNROLL
-    for (int e = 0; e < kN / 2; ++e) state[e] *= decay;
+    for (float& e : state) e *= decay;
     uint32_t a[16];
     tile::load_transposed<4>(a, stage.tokens[i], me);
     MAMBA2_UNROLL
@@ -249,17 +261,18 @@ struct Consumer {
   MAMBA2_DEVICE void run() {
     if (active) begin();
     Scalars next;
-    if (active && sweep.chunks > 0) next = Scalars(args, sweep.chunk(0), head, thread);
+    if (active && sweep.chunks > 0) next = Scalars(args, sweep.number(0), tensor_head, thread);
     for (int k = 0; k < sweep.chunks; ++k) {
-      const Chunk chunk = args.chunking.at(sweep.chunk(k));
+      const Chunk chunk = sweep.chunk(k);
       const Scalars now = next;
-      if (active && k + 1 < sweep.chunks) next = Scalars(args, sweep.chunk(k + 1), head, thread);
+      if (active && k + 1 < sweep.chunks)
+        next = Scalars(args, sweep.number(k + 1), tensor_head, thread);
       if (active) {
-        write_state(sweep.chunk(k), now, k & 1);
+        write_state(sweep.number(k), now, k & 1);
         if (!sweep.reverse && args.K_by_forward_sweep(chunk))
-          write_through(sweep.chunk(k), now.a_last_log2, args.d_final_states);
+          write_through(sweep.number(k), now.a_last_log2, args.d_final_states);
         if (sweep.reverse && args.K_by_reverse_sweep(chunk))
-          write_through(sweep.chunk(k), now.a_last_log2,
+          write_through(sweep.number(k), now.a_last_log2,
                         static_cast<const float*>(args.initial_states.ptr));
       }
       for (int step = 0; step < blocks_of(chunk); ++step) {
@@ -320,7 +333,7 @@ int launch_sweeps(const BackwardArgs& args, Sweeps which, void* stream) {
   const unsigned directions = which == Sweeps::both ? 2 : 1;
   const LaunchShape at{dim3(sets * args.rows, directions), threads_of(kHeads),
                        sizeof(SweepSmem<T, kN, kHeads>), true,
-                       BlockTile{kBlock, kHeadDim, kN, kStages}};
+                       BlockTile{kBlock, kHeadDim, kN, stages_of(kHeads)}};
   return launch(state_sweeps_kernel<T, kN, kHeads>, at, stream, args, which == Sweeps::gradients);
 }
 
