@@ -112,6 +112,7 @@ struct TokenPairs : ScanConsumer<T, kN> {
         bc[4 * k + e] = past > 0 ? bc[4 * k + e] : 0;
       }
     }
+    __syncwarp();  // diagonal_pair reads what other lanes left, if only to drop it
   }
   // This lane's C_j . B_j of row 8 half of its warp's, where its fragment has i == j, or 0: a pair.
   MAMBA2_DEVICE uint32_t diagonal_pair(int half) const {
