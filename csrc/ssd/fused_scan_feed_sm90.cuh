@@ -116,8 +116,8 @@ struct Loader {
 //   2^a_i for the rows of S C^T, 2^(a_q - a_j) delta_j for what enters the state, and
 //   2^(a_e - a_j) delta_j up to the end e of the token's block of 16, for the blocks below the
 //   diagonal: with 2^(a_i - a_e) of the row, both factors are at most 1.
-// kBuffers warps take chunks in turn, each for a buffer of weights of its own, so that dt of a
-// warp's next chunk has the time of two chunks to arrive. A lane has tokens 2 lane and 2 lane + 1.
+// kBuffers warps take chunks in turn, each for a buffer of weights of its own: its next chunk's dt
+// arrives while scanners have this one's. A lane has tokens 2 lane and 2 lane + 1.
 template <class T, int kN, bool kGate, int kStages>
 struct Decays {
   static constexpr int kUnits = units_per_block(kN);
@@ -140,7 +140,7 @@ struct Decays {
     bool backwards = false;
   };
   int head[kUnits] = {};
-  Inputs next;  // of walk's chunk, dt on its way
+  Inputs inputs;  // of walk's chunk
 
   MAMBA2_DEVICE Decays(const FusedScanArgs& args, Smem& s, int buffer, int lane)
       : args(args), s(s), buffer(buffer), lane(lane) {}
@@ -164,7 +164,7 @@ struct Decays {
       const bool is_bias = (lane & kUnits) != 0;
       const AnyFloat from{is_bias ? bias.ptr : A.ptr, is_bias ? bias.dtype : A.dtype};
       const int i_h = lane & (kUnits - 1) ? head[kUnits - 1] : head[0];
-      next.parameter = from ? mamba2::load<float>(from, i_h) : 0.f;
+      inputs.parameter = from ? mamba2::load<float>(from, i_h) : 0.f;
     }
   }
   MAMBA2_DEVICE void step_over(int chunks) {
@@ -179,7 +179,6 @@ struct Decays {
     }
   }
   MAMBA2_DEVICE void fetch() {
-    if (!more) return;
     const Chunk& c = walk.chunk;
     MAMBA2_UNROLL
     for (int k = 0; k < 2; ++k) {
@@ -187,10 +186,10 @@ struct Decays {
       const int64_t at = c.row * args.steps.dt.b + int64_t(c.token + t) * args.steps.dt.l;
       MAMBA2_UNROLL
       for (int half = 0; half < kUnits; ++half)
-        next.of[half].dt_bits[k] = load_dt_bits(args.steps, at + head[half] * args.steps.dt.h);
-      if (args.steps.seq_idx) next.reset[k] = resets(args.steps, c.row, c.token + t);
+        inputs.of[half].dt_bits[k] = load_dt_bits(args.steps, at + head[half] * args.steps.dt.h);
+      if (args.steps.seq_idx) inputs.reset[k] = resets(args.steps, c.row, c.token + t);
     }
-    next.count = c.count, next.backwards = walk.task.backwards;
+    inputs.count = c.count, inputs.backwards = walk.task.backwards;
   }
   struct Sums {
     float a[2], delta[2];
@@ -244,24 +243,21 @@ struct Decays {
     ptx::griddepcontrol_wait();
     walk.chunk.i_seq = -1;
     tile::RingPosition<kBuffers> to{buffer};
-    bool fetched = false;
-    for (int skip = buffer + 1;; skip = kBuffers) {
-      const Inputs now = next;
-      step_over(skip);
+    step_over(buffer + 1);
+    while (more) {
       fetch();
-      if (fetched) {
-        Sums sums[kUnits];
-        sum(sums, now);
-        s.weights_ring.wait_empty(to);
-        MAMBA2_UNROLL
-        for (int half = 0; half < kUnits; ++half)
-          store(sums[half], s.weights[buffer], half, now.backwards);
-        s.decays_ring.fill(to);
-        s.weights_ring.fill(to);
-        to.phase ^= 1;
-      }
-      if (!more) return;
-      fetched = true;
+      Sums sums[kUnits];
+      sum(sums, inputs);
+      s.weights_ring.wait_empty(to);
+      MAMBA2_UNROLL
+      for (int half = 0; half < kUnits; ++half)
+        store(sums[half], s.weights[buffer], half, inputs.backwards);
+      s.decays_ring.fill(to);
+      s.weights_ring.fill(to);
+      to.phase ^= 1;
+      // Not before this chunk is handed over: the next one's ticket comes from the loader, which
+      // may wait for a stage that no scanner frees until it has this chunk's weights.
+      step_over(kBuffers);
     }
   }
 };

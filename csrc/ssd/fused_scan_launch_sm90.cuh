@@ -13,7 +13,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     fused_scan_kernel(const MAMBA2_GRID_CONSTANT FusedScanArgs args) {
 #if MAMBA2_SM90A
   constexpr int kStages = fused_scan_stages<T, kN, kGate>(), kUnits = units_per_block(kN);
-  static_assert(kStages >= 2, "the decays look at chunk c + 2 before they hand over chunk c");
+  static_assert(kStages >= 2, "scanners keep chunk c until they have the weights of chunk c + 1");
   auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());
   ptx::griddepcontrol_launch_dependents();
   const int role = tile::uniform(threadIdx.x / tile::kWarpgroup);
