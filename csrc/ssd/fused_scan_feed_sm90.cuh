@@ -179,6 +179,7 @@ struct Decays {
     }
   }
   MAMBA2_DEVICE void fetch() {
+    if (!more) return;
     const Chunk& c = walk.chunk;
     MAMBA2_UNROLL
     for (int k = 0; k < 2; ++k) {
@@ -244,8 +245,8 @@ struct Decays {
     walk.chunk.i_seq = -1;
     tile::RingPosition<kBuffers> to{buffer};
     step_over(buffer + 1);
+    fetch();
     while (more) {
-      fetch();
       Sums sums[kUnits];
       sum(sums, inputs);
       s.weights_ring.wait_empty(to);
@@ -258,6 +259,7 @@ struct Decays {
       // Not before this chunk is handed over: the next one's ticket comes from the loader, which
       // may wait for a stage that no scanner frees until it has this chunk's weights.
       step_over(kBuffers);
+      fetch();
     }
   }
 };

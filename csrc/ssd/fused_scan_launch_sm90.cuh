@@ -30,7 +30,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   }
   __syncthreads();
   if (role == kFeeders) {
-    ptx::setmaxnreg_dec<feeder_registers(kN)>();
+    ptx::setmaxnreg_dec<feeder_registers(kN, kPadded)>();
     const int warp = tile::uniform(thread / 32), lane = thread % 32;
     if (warp == kStorer) {
       Storer<T, kN, kGate, kStages, kPadded>{args, s, lane}.run();
@@ -40,10 +40,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
       Loader<T, kN, kGate, kStages>{args, s, lane == 0, {}, {}}.run();
     }
   } else if (role == kScorer) {
-    ptx::setmaxnreg_dec<scorer_registers(kN)>();
+    ptx::setmaxnreg_dec<scorer_registers(kN, kPadded)>();
     Scorer<T, kN, kGate, kStages>(args, s, thread).run();
   } else {
-    ptx::setmaxnreg_inc<scanner_registers(kN)>();
+    ptx::setmaxnreg_inc<scanner_registers(kN, kPadded)>();
     Scanner<T, kN, kGate, kStages, kPadded>(args, s, role - kFirstScanner, thread).run();
   }
 #endif

@@ -54,10 +54,15 @@ constexpr int parts_per_unit(int n) { return kScanners / units_per_block(n); }
 enum Role : int { kFeeders = 0, kScorer = 1, kFirstScanner = 2 };
 enum Feeder : int { kLoader = 0, kFirstDecays = 1, kStorer = kFirstDecays + kBuffers };  // warps
 // What one SM has: 512 registers for the four threads, one of each role, together.
-constexpr int feeder_registers(int n) { return units_per_block(n) > 1 ? 48 : 40; }
-constexpr int scorer_registers(int n) { return units_per_block(n) > 1 ? 96 : 72; }
-constexpr int scanner_registers(int n) {
-  return (512 - feeder_registers(n) - scorer_registers(n)) / kScanners;
+// (n 256: what the compiler needs to spill nothing.)
+constexpr int feeder_registers(int n, bool padded) {
+  return units_per_block(n) == 1 && padded ? 40 : 48;
+}
+constexpr int scorer_registers(int n, bool padded) {
+  return units_per_block(n) > 1 ? 96 : padded ? 72 : 80;
+}
+constexpr int scanner_registers(int n, bool padded) {
+  return (512 - feeder_registers(n, padded) - scorer_registers(n, padded)) / kScanners;
 }
 
 enum class Schedule : int { tickets = kTickets, segments = kSegments, prefixes = kPrefixes };
