@@ -56,6 +56,9 @@ PREFIX_CASES = {
     "n 256, resets": (dict(n=256, l=260, h=3, seq_idx=True, initial_states="working", seed=4), 8),
     "p 80, gate": (dict(p=80, l=200, z=True, D="hp", initial_states="working", seed=5), 5),
     "groups, strong decay": (dict(h=4, g=2, l=300, decay="strong", seed=6), 5),
+    # Two stages, and runs so short that a loader waits for a stage at each.
+    "n 256, short runs": (dict(b=1, l=150, h=2, n=256, seed=40), 4),
+    "z, short runs": (dict(b=1, l=191, h=3, n=128, z=True, seed=41), 4),
 }
 
 
@@ -78,3 +81,12 @@ def test_another_tier_runs_the_backward(emulated, p, n):
     """Unforced, and asked to keep states, of which this forward has none to give."""
     case = dataclasses.replace(BASE, l=70, p=p, n=n, save_states=True)
     check(run_ops(emulated.ops), case)
+
+
+def test_packed_with_nothing_between(emulated):
+    """Sequences of one chunk, and of none, with a ring of two stages."""
+    cu_seqlens = (0, 40, 40, 90, 150, 150, 150, 150, 150, 150, 200, 260)
+    case = dataclasses.replace(BASE, b=1, l=260, h=2, n=256, cu_seqlens=cu_seqlens, seed=42)
+    for timing in ("random", "late", "early"):
+        emulated.schedule(seed=7, timing=timing, sms=1)
+        check(run_ops(emulated.ops, plan=TICKETS), case)
