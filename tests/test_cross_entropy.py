@@ -92,6 +92,17 @@ def test_it_is_cross_entropy(dtype, device):
     assert (gradient - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
+@pytest.mark.parametrize("slice_of", ["rows", "columns"])
+def test_strided_logits_have_a_gradient(slice_of, device):
+    """Such as those of a padded vocabulary, cut."""
+    wide = torch.randn(6, 40, dtype=torch.float64, device=device, requires_grad=True)
+    cut = {"rows": lambda: (wide * 1)[:, :24], "columns": lambda: (wide * 1).T}[slice_of]
+    targets = torch.arange(cut().size(0), device=device) % cut().size(1)
+    (expected,) = torch.autograd.grad(3 * F.cross_entropy(cut(), targets), wide)
+    (gradient,) = torch.autograd.grad(3 * cross_entropy(cut(), targets), wide)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_far_apart_logits(device):
     logits = torch.tensor([[-math.inf, 3e4, 0.0], [-1e30, -2e30, -1e30]], device=device)
     targets = torch.tensor([2, 0], device=device)

@@ -13,9 +13,9 @@ def cross_entropy(logits, targets):
         loss = mean over rows of  log(sum_k exp(v_k)) - v_target        v: the row of logits
 
     logits   (rows, vocab)  fp64, fp32, bf16 or fp16. When they want a gradient it takes their
-                            place: they must not be used afterwards, their last stride is 1, and
-                            the backward runs once. So a step holds one array of their size, where
-                            log_softmax in fp32 and its backward come to five
+                            place (a copy's, unless they are contiguous): they must not be used
+                            afterwards, and the backward runs once. So a step holds one array of
+                            their size, where log_softmax in fp32 and its backward come to five
     targets  (rows,)        int64, from 0 to vocab - 1, or -100 where none counts
 
     Arithmetic is fp32 (fp64 for fp64); the gradient is rounded to logits' dtype. Logits are read
@@ -46,10 +46,8 @@ def mean_of(losses, share):
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
-        share = share_of(logits, targets)
-        losses = _ops.cross_entropy_forward(logits.detach(), targets, share)
-        ctx.gradient = logits.detach()
-        return mean_of(losses, share)
+        share, ctx.gradient = share_of(logits, targets), logits.detach().contiguous()
+        return mean_of(_ops.cross_entropy_forward(ctx.gradient, targets, share), share)
 
     @staticmethod
     def backward(ctx, d_loss):
