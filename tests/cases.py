@@ -32,7 +32,8 @@ class Case:
     d_final_states: bool = True
     save_states: bool = False
     sliced: bool = False  # inputs are slices of one projection with NaN between them
-    decay: str = "usual"  # of a token: "weak" 1e-4, "usual" about 0.3, "strong" about 5
+    decay: str = "usual"  # of a token: "weak" 1e-4, "usual" about 0.3, "strong" about 5; "steep":
+    # heads that forget at once beside heads that never do, tokens of delta 0 and 100
     seed: int = 0
 
     @property
@@ -50,7 +51,7 @@ class Case:
 
 # delta is about 0.1 with these; |A| times it is the decay of a token, in natural logarithm.
 MEAN_DELTA = 0.1
-MEAN_DECAY = {"weak": 1e-4, "usual": 0.3, "strong": 5.0}
+MEAN_DECAY = {"weak": 1e-4, "usual": 0.3, "strong": 5.0, "steep": 1.0}
 
 
 def make_inputs(case, device="cpu"):
@@ -79,6 +80,8 @@ def make_inputs(case, device="cpu"):
     if c.initial_states:
         dtype = c.dtype if c.initial_states == "x" else c.working
         inputs["initial_states"] = normal(c.sequences, c.h, c.p, c.n, dtype=dtype)
+    if c.decay == "steep":
+        steepen(inputs)
     if c.sliced:
         inputs |= slices_of_a_projection(inputs)
     if c.cu_seqlens is not None:
@@ -117,12 +120,15 @@ def extreme_steps(A, delta, mixed, dtype, device="cpu", **sizes):
 
 def steep_and_flat_heads(dtype, device="cpu", **sizes):
     """Inputs, dy and d_final_states: one head forgets at once and one never."""
-    case = replace(STEEP, l=300, dtype=dtype, dt_bias=True, **sizes)
-    inputs, (dy, d_final) = make_inputs(case, device), make_gradients(case, device)
-    inputs["A"][:] = torch.tensor([0.0, -1e-6, -1.0, -100.0, -1e4, -1e-3], dtype=inputs["A"].dtype)
+    case = replace(STEEP, l=300, dtype=dtype, dt_bias=True, decay="steep", **sizes)
+    return make_inputs(case, device), *make_gradients(case, device)
+
+
+def steepen(inputs):
+    rates = torch.tensor([0.0, -1e-6, -1.0, -100.0, -1e4, -1e-3], dtype=inputs["A"].dtype)
+    inputs["A"][:] = rates.repeat(1 + len(inputs["A"]) // len(rates))[: len(inputs["A"])]
     inputs["dt"][:, ::7] = 100.0
     inputs["dt"][:, 3::7] = -100.0  # softplus gives 0
-    return inputs, dy, d_final
 
 
 def still_states(dtype, device="cpu"):

@@ -7,7 +7,10 @@ NO_CUDA = "no CUDA device on this machine"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all cases, also without a GPU")
+    add = parser.addoption
+    add("--full", action="store_true", help="all cases, also without a GPU")
+    add("--random-problems", type=int, default=64, help="how many, on the host emulation")
+    add("--first-problem", type=int, default=0, help="the first one's seed")
 
 
 @pytest.fixture(scope="session")

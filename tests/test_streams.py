@@ -6,21 +6,16 @@ docs/kernels.md says why they cannot. The runs are another process's, which is e
 them takes SECONDS; the next run then has a new one. A process of its own for each would take longer
 to start than all runs together take.
 
-    PYTHONPATH=. python tests/test_streams.py mixed tickets      runs, as the test has them
+    PYTHONPATH=.:tests python tests/test_streams.py mixed tickets      runs, as the test has them
 """
 
-import os
-import select
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
+from worker import Worker
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).resolve().parents[1]
 STREAMS, REPLAYS, SECONDS = 9, 60, 120
 SM80, SM90, TICKETS, SEGMENTS = 2, 3, 1 << 4, 2 << 4  # csrc/ssd/plan.h
 
@@ -141,55 +136,22 @@ def replay_at_once(kinds):
     assert not changed, f"other bits than alone: {changed}"
 
 
-class Runner:
-    """The process of the runs."""
-
-    def __init__(self):
-        self.process = None
-
-    def start(self):
-        self.said = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.said, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-
-    def run(self, kind):
-        """None, or what went wrong."""
-        if self.process is None:
-            self.start()
-        print(kind, file=self.process.stdin, flush=True)
-        ended, _, _ = select.select([self.process.stdout], [], [], SECONDS)
-        if ended and self.process.stdout.readline():
-            return None
-        self.end()
-        self.said.seek(0)
-        return self.said.read()[-2000:] if ended else f"no end in {SECONDS} s"
-
-    def end(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
 @pytest.fixture(scope="module")
-def runner():
-    made = Runner()
+def worker():
+    made = Worker(__file__, seconds=SECONDS)
     yield made
     made.end()
 
 
 @pytest.mark.parametrize("kind", ["mixed", *PROBLEMS])
-def test_graphs_on_streams(kind, cuda, runner):
+def test_graphs_on_streams(kind, cuda, worker):
     if torch.cuda.get_device_capability() != (9, 0) and kind in ("mixed", *list(PROBLEMS)[:5]):
         pytest.skip("kernels of tier sm90")
-    wrong = runner.run(kind)
-    assert wrong is None, wrong
+    assert worker.ask(kind) == f"{kind}: same"
 
 
 if __name__ == "__main__":
     for line in sys.argv[1:] or sys.stdin:
         kind = line.strip()
         replay_at_once(list(PROBLEMS) if kind == "mixed" else [kind] * STREAMS)
-        print(kind, "same", flush=True)
+        print(f"{kind}: same", flush=True)

@@ -1,13 +1,10 @@
 """Fixtures of tests that run CUDA kernels on the host emulation."""
 
-import ctypes
 import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
-
-TIMINGS = ("random", "early", "late")
+from emulated_card import Emulated
 
 
 def load_build():
@@ -26,25 +23,6 @@ def emulation_build():
     if module.cuda_include() is None:
         pytest.skip("no CUDA headers on this machine")
     return module
-
-
-class Emulated:
-    """The operators on the emulated card.
-
-    ops       torch.ops.mamba2_cuda_emulated: takes CPU tensors
-    schedule  how the next launches run: random draws start from `seed`; asynchronous work happens
-              early, late or at random; `blocks` of a grid run at the same time; `sms` is what the
-              card says of itself
-    """
-
-    def __init__(self, library):
-        torch.ops.load_library(str(library))
-        self.ops = torch.ops.mamba2_cuda_emulated
-        self._set = ctypes.CDLL(str(library)).mamba2_emulation_schedule
-        self._set.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-
-    def schedule(self, seed=1, timing="random", blocks=4, sms=4):
-        self._set(seed, TIMINGS.index(timing), blocks, sms)
 
 
 @pytest.fixture(scope="session")
