@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bench import figure, model, ncu_table, rows, run, stamp
+from bench import figure, model, ncu_table, rows, run, stamp, tables
+from bench.rivals import Implementation
 from bench.shapes import LENGTH_SWEEP, SHAPES, STATE_SWEEP, over_ops
 from mamba2_cuda._explain import floor_bytes, flops
 
@@ -125,15 +126,52 @@ def test_ncu_report_is_read(tmp_path):
     assert ncu_table.markdown([kernel]).count("\n") == 2
 
 
-def test_figure_has_a_line_for_each(tmp_path):
-    measured = [
-        row(impl, f"ssd_{op}", shape.l / 1e4 + i, shape=shape.name)
-        for i, impl in enumerate(("mamba2_cuda", "mamba_ssm"))
-        for op in ("fwd", "bwd")
-        for shape in LENGTH_SWEEP + STATE_SWEEP
-    ]
-    figure.draw(measured, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+class FakeCard:
+    """What bench.run asks a card for, with times that follow from the problem."""
+
+    MS = {"mamba2_cuda": 1.0, "mamba_ssm": 4.0, "sdpa_flash": 8.0, "sdpa_cudnn": 5.0}
+
+    def __init__(self, monkeypatch, tmp_path):
+        common = {
+            "gpu": "H200",
+            "torch": "2.11",
+            "commit": "abcdef0123",
+            "date": "d",
+            "command": "c",
+        }
+        monkeypatch.setattr(run.command, "begin", lambda bench, options: common)
+        monkeypatch.setattr(run, "implementations", self.implementations)
+        monkeypatch.setattr(run.timing, "copy_bytes_per_second", lambda: 4e12)
+        monkeypatch.setattr(run.timing, "median_ms", lambda call, budget_ms: call())
+        monkeypatch.setattr(run, "calls", lambda made, shape, op: lambda: self.ms(made, shape, op))
+        for name in ("get_device_name", "set_stream", "Stream"):
+            monkeypatch.setattr(run.torch.cuda, name, lambda *a: "H200")
+        monkeypatch.setattr("sys.argv", ["run", "--sweep", "--results", str(tmp_path)])
+
+    def implementations(self, names, folder):
+        kinds = {name: "attention" if name.startswith("sdpa") else "ssd" for name in names}
+        return [Implementation(n, "1", kinds[n], None) for n in names], ["none"]
+
+    def ms(self, made, shape, op):
+        length = shape.l / 4096 if made.op == "attention" else 1.0
+        return self.MS[made.name] * length * shape.n / 128 * {"fwd": 1, "bwd": 3}[op]
+
+
+def test_sweep(monkeypatch, tmp_path, capsys):
+    card = FakeCard(monkeypatch, tmp_path)
+    run.main()
+    measured = rows.load(tmp_path / "h200_sweep.json")
+    lengths, states = len(LENGTH_SWEEP), len(STATE_SWEEP)
+    assert len(measured) == lengths * 2 * len(card.MS) + states * 2  # attention has no state
+    l64k = [r for r in measured if (r["shape"], r["op"]) == ("l65536", "ssd_bwd")]
+    assert l64k[0]["ratios"] == {"mamba_ssm": 4.0, "sdpa_flash": 128.0, "sdpa_cudnn": 80.0}
+    assert (tmp_path / "ssd_sweep.png").stat().st_size > 10_000
+
+    forward, by_state = (figure.lines(measured, prefix, "fwd") for prefix in "ln")
+    assert list(forward) == list(card.MS) and list(by_state) == ["mamba2_cuda", "mamba_ssm"]
+    assert forward["sdpa_flash"] == [(shape.l, 8.0 * shape.l / 4096) for shape in LENGTH_SWEEP]
+    assert by_state["mamba_ssm"] == [(shape.n, shape.n / 32) for shape in STATE_SWEEP]
+    assert figure.lines(measured, "l", "bwd")["mamba2_cuda"][0] == (512, 3.0)
 
 
 def test_a_models_rows_are_compared_with_the_same_work():
@@ -154,3 +192,41 @@ def test_one_failure_does_not_end_a_run(capsys):
     assert model.attempt("good", lambda: 3) == 3
     assert model.attempt("bad", lambda: 1 / 0) is None
     assert "bad failed: division by zero" in capsys.readouterr().out
+
+
+def test_tables_say_what_the_rows_say():
+    """README.md and docs; `python -m bench.tables` writes them anew."""
+    stale = [path.name for path in tables.documents() if stale_blocks(path.read_text())]
+    assert not stale
+    assert sum(len(tables.BLOCK.findall(path.read_text())) for path in tables.documents()) >= 4
+
+
+def stale_blocks(text):
+    return tables.filled(text) != text
+
+
+def test_tables_follow_the_newest_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    ratios = {"ratio": 4.0, "ratios": {"mamba_ssm": 4.0, "sdpa_flash": 9.0}}
+    rows.add(
+        tmp_path / "h200.json",
+        [
+            row(ms=0.5, **ratios),
+            row("mamba_ssm", ms=2.0),
+            row(op="ssd_bwd", ms=1.25, **ratios),
+            row("mamba_ssm", op="ssd_bwd", ms=5.0),
+            row(ms=0.25, commit="newer", **ratios),
+            row("mamba_ssm", ms=1.0, version="2.3", commit="newer"),
+            row(ms=0.1, commit="newest"),  # alone: no ratio
+        ],
+    )
+    text = tables.filled("before\n<!-- rows: speed -->\nold\n<!-- end -->\nafter")
+    assert "| 8, 4096, 80, 64, 1, 128 | 0.250 | 4.0x | 1.250 | 4.0x |" in text
+    assert "card, torch 2.11, beside mamba_ssm 2.3, 1; commit newer, abc." in text
+    assert (
+        text.startswith("before\n") and text.endswith("<!-- end -->\nafter") and "old" not in text
+    )
+    assert not stale_blocks(text)
+    full = tables.beside()
+    assert "| 2.7b_b8_l4k | 0.250 (4.0) | 1.000 | 1.250 (4.0) | 5.000 |  |  |" in full
+    assert tables.sweep() == "No figure is in bench/results yet."

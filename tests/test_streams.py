@@ -16,7 +16,7 @@ import torch
 from worker import Worker
 
 pytestmark = pytest.mark.gpu
-STREAMS, REPLAYS, SECONDS = 9, 60, 120
+STREAMS, REPLAYS, SECONDS = 9, 200, 120
 SM80, SM90, TICKETS, SEGMENTS = 2, 3, 1 << 4, 2 << 4  # csrc/ssd/plan.h
 
 
