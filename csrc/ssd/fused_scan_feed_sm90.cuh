@@ -15,6 +15,7 @@ struct Loader {
   const bool acts;
   tile::RingPosition<kStages> at;
   tile::RingPosition<kTaskSlots> published;
+  int announced;  // the last ticket; < 0: the next one is still to come
 
   MAMBA2_DEVICE void load(const Unit (&units)[kUnits], int row, int token, bool backwards) {
     auto& stage = s.stage[at.stage];
@@ -53,9 +54,7 @@ struct Loader {
     return {tile::uniform(u.index), tile::uniform(u.head), tile::uniform(u.p_block),
             tile::uniform(u.group), tile::uniform(u.active) != 0};
   }
-  // Gives the ticket after this one, taken when the first loads are on their way.
-  MAMBA2_DEVICE int run_task(int ticket) {
-    int next_ticket = -1;
+  MAMBA2_DEVICE void run_task(int ticket) {
     Walk walk;
     walk.begin(args, ticket);
     const Task& task = walk.task;
@@ -74,35 +73,43 @@ struct Loader {
       }
       at.advance();
       walk.go_to(next);
-      if (next_ticket < 0) next_ticket = take_after(ticket);
+      if (announced < 0) announce_after(ticket);
     }
-    return next_ticket < 0 ? take_after(ticket) : next_ticket;
   }
-  MAMBA2_DEVICE int take_ticket() const {
-    return tile::uniform(acts ? ptx::atom_add_relaxed_gpu(args.ticket, 1) : 0);
+  MAMBA2_DEVICE int take_after(int ticket) const {
+    if (args.ticket) return tile::uniform(acts ? ptx::atom_add_relaxed_gpu(args.ticket, 1) : 0);
+    return ticket < 0 ? first_ticket(args) : ticket_after(args, ticket);
   }
-  MAMBA2_DEVICE void publish(int ticket) {
+  // The next task that has chunks, or that there is none.
+  MAMBA2_DEVICE void announce_after(int ticket) {
+    do announced = take_after(ticket), ticket = announced;
+    while (args.chunking.table && ticket < args.tasks && !has_chunks(task_of(args, ticket)));
     s.tickets_ring.wait_empty(published);
     __syncwarp();
     if (acts) {
-      s.tickets[published.stage] = ticket;
+      s.tickets[published.stage] = announced;
       s.tickets_ring.fill(published);
     }
     published.advance();
   }
-  MAMBA2_DEVICE int take_after(int ticket) {
-    const int next = args.ticket ? take_ticket() : ticket_after(args, ticket);
-    publish(next);
-    return next;
-  }
+  // The decays' warps want the ticket of chunk c + 2 before they hand over chunk c, and a scanner
+  // may keep chunk c's stage until it has the weights of chunk c + 1. So a task is announced before
+  // the loader waits for the first stage of the task in front: it has then loaded chunk c at most,
+  // whose stage was chunk c - kStages's, and that one needs the weights of chunk c - 1 at most.
+  // (The first task's first stage is free: there, what comes next is found under the load.)
   MAMBA2_DEVICE void run() {
+    static_assert(kStages >= 2, "see above");
     ptx::prefetch_tensormap(&args.B);
     ptx::prefetch_tensormap(&args.C);
     ptx::prefetch_tensormap(&args.x);
     ptx::griddepcontrol_wait();  // what the scanners read themselves comes after these loads
-    int ticket = args.ticket ? take_ticket() : first_ticket(args);
-    publish(ticket);
-    while (ticket < args.tasks) ticket = run_task(ticket);
+    announce_after(-1);
+    for (bool first = true; announced < args.tasks; first = false) {
+      const int ticket = announced;
+      announced = -1;
+      if (!first) announce_after(ticket);
+      run_task(ticket);
+    }
     s.ring.wait_empty(at);
     __syncwarp();
     if (acts) {
@@ -116,8 +123,8 @@ struct Loader {
 //   2^a_i for the rows of S C^T, 2^(a_q - a_j) delta_j for what enters the state, and
 //   2^(a_e - a_j) delta_j up to the end e of the token's block of 16, for the blocks below the
 //   diagonal: with 2^(a_i - a_e) of the row, both factors are at most 1.
-// kBuffers warps take chunks in turn, each for a buffer of weights of its own: its next chunk's dt
-// arrives while scanners have this one's. A lane has tokens 2 lane and 2 lane + 1.
+// kBuffers warps take chunks in turn, each for a buffer of weights of its own, so that dt of a
+// warp's next chunk has the time of two chunks to arrive. A lane has tokens 2 lane and 2 lane + 1.
 template <class T, int kN, bool kGate, int kStages>
 struct Decays {
   static constexpr int kUnits = units_per_block(kN);
@@ -140,7 +147,7 @@ struct Decays {
     bool backwards = false;
   };
   int head[kUnits] = {};
-  Inputs inputs;  // of walk's chunk
+  Inputs next;  // of walk's chunk, dt on its way
 
   MAMBA2_DEVICE Decays(const FusedScanArgs& args, Smem& s, int buffer, int lane)
       : args(args), s(s), buffer(buffer), lane(lane) {}
@@ -164,7 +171,7 @@ struct Decays {
       const bool is_bias = (lane & kUnits) != 0;
       const AnyFloat from{is_bias ? bias.ptr : A.ptr, is_bias ? bias.dtype : A.dtype};
       const int i_h = lane & (kUnits - 1) ? head[kUnits - 1] : head[0];
-      inputs.parameter = from ? mamba2::load<float>(from, i_h) : 0.f;
+      next.parameter = from ? mamba2::load<float>(from, i_h) : 0.f;
     }
   }
   MAMBA2_DEVICE void step_over(int chunks) {
@@ -187,10 +194,10 @@ struct Decays {
       const int64_t at = c.row * args.steps.dt.b + int64_t(c.token + t) * args.steps.dt.l;
       MAMBA2_UNROLL
       for (int half = 0; half < kUnits; ++half)
-        inputs.of[half].dt_bits[k] = load_dt_bits(args.steps, at + head[half] * args.steps.dt.h);
-      if (args.steps.seq_idx) inputs.reset[k] = resets(args.steps, c.row, c.token + t);
+        next.of[half].dt_bits[k] = load_dt_bits(args.steps, at + head[half] * args.steps.dt.h);
+      if (args.steps.seq_idx) next.reset[k] = resets(args.steps, c.row, c.token + t);
     }
-    inputs.count = c.count, inputs.backwards = walk.task.backwards;
+    next.count = c.count, next.backwards = walk.task.backwards;
   }
   struct Sums {
     float a[2], delta[2];
@@ -244,22 +251,24 @@ struct Decays {
     ptx::griddepcontrol_wait();
     walk.chunk.i_seq = -1;
     tile::RingPosition<kBuffers> to{buffer};
-    step_over(buffer + 1);
-    fetch();
-    while (more) {
-      Sums sums[kUnits];
-      sum(sums, inputs);
-      s.weights_ring.wait_empty(to);
-      MAMBA2_UNROLL
-      for (int half = 0; half < kUnits; ++half)
-        store(sums[half], s.weights[buffer], half, inputs.backwards);
-      s.decays_ring.fill(to);
-      s.weights_ring.fill(to);
-      to.phase ^= 1;
-      // Not before this chunk is handed over: the next one's ticket comes from the loader, which
-      // may wait for a stage that no scanner frees until it has this chunk's weights.
-      step_over(kBuffers);
+    bool fetched = false;
+    for (int skip = buffer + 1;; skip = kBuffers) {
+      const Inputs now = next;
+      step_over(skip);
       fetch();
+      if (fetched) {
+        Sums sums[kUnits];
+        sum(sums, now);
+        s.weights_ring.wait_empty(to);
+        MAMBA2_UNROLL
+        for (int half = 0; half < kUnits; ++half)
+          store(sums[half], s.weights[buffer], half, now.backwards);
+        s.decays_ring.fill(to);
+        s.weights_ring.fill(to);
+        to.phase ^= 1;
+      }
+      if (!more) return;
+      fetched = true;
     }
   }
 };

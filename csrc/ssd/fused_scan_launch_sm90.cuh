@@ -13,7 +13,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     fused_scan_kernel(const MAMBA2_GRID_CONSTANT FusedScanArgs args) {
 #if MAMBA2_SM90A
   constexpr int kStages = fused_scan_stages<T, kN, kGate>(), kUnits = units_per_block(kN);
-  static_assert(kStages >= 2, "scanners keep chunk c until they have the weights of chunk c + 1");
   auto& s = *static_cast<FusedScanSmem<T, kN, kGate, kStages>*>(ptx::dynamic_smem());
   ptx::griddepcontrol_launch_dependents();
   const int role = tile::uniform(threadIdx.x / tile::kWarpgroup);
@@ -30,20 +29,20 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   }
   __syncthreads();
   if (role == kFeeders) {
-    ptx::setmaxnreg_dec<feeder_registers(kN, kPadded)>();
+    ptx::setmaxnreg_dec<feeder_registers(kN)>();
     const int warp = tile::uniform(thread / 32), lane = thread % 32;
     if (warp == kStorer) {
       Storer<T, kN, kGate, kStages, kPadded>{args, s, lane}.run();
     } else if (warp >= kFirstDecays) {
       Decays<T, kN, kGate, kStages>(args, s, warp - kFirstDecays, lane).run();
     } else {
-      Loader<T, kN, kGate, kStages>{args, s, lane == 0, {}, {}}.run();
+      Loader<T, kN, kGate, kStages>{args, s, lane == 0}.run();
     }
   } else if (role == kScorer) {
-    ptx::setmaxnreg_dec<scorer_registers(kN, kPadded)>();
+    ptx::setmaxnreg_dec<scorer_registers(kN)>();
     Scorer<T, kN, kGate, kStages>(args, s, thread).run();
   } else {
-    ptx::setmaxnreg_inc<scanner_registers(kN, kPadded)>();
+    ptx::setmaxnreg_inc<scanner_registers(kN)>();
     Scanner<T, kN, kGate, kStages, kPadded>(args, s, role - kFirstScanner, thread).run();
   }
 #endif

@@ -54,15 +54,10 @@ constexpr int parts_per_unit(int n) { return kScanners / units_per_block(n); }
 enum Role : int { kFeeders = 0, kScorer = 1, kFirstScanner = 2 };
 enum Feeder : int { kLoader = 0, kFirstDecays = 1, kStorer = kFirstDecays + kBuffers };  // warps
 // What one SM has: 512 registers for the four threads, one of each role, together.
-// (n 256: what the compiler needs to spill nothing.)
-constexpr int feeder_registers(int n, bool padded) {
-  return units_per_block(n) == 1 && padded ? 40 : 48;
-}
-constexpr int scorer_registers(int n, bool padded) {
-  return units_per_block(n) > 1 ? 96 : padded ? 72 : 80;
-}
-constexpr int scanner_registers(int n, bool padded) {
-  return (512 - feeder_registers(n, padded) - scorer_registers(n, padded)) / kScanners;
+constexpr int feeder_registers(int n) { return units_per_block(n) > 1 ? 48 : 40; }
+constexpr int scorer_registers(int n) { return units_per_block(n) > 1 ? 96 : 72; }
+constexpr int scanner_registers(int n) {
+  return (512 - feeder_registers(n) - scorer_registers(n)) / kScanners;
 }
 
 enum class Schedule : int { tickets = kTickets, segments = kSegments, prefixes = kPrefixes };
@@ -118,6 +113,7 @@ struct Task {
   int begin, end;           // chunks
   bool backwards;           // from the last chunk to the first: only what they add to the state
 };
+MAMBA2_DEVICE bool has_chunks(const Task& task) { return task.begin < task.end; }
 // Schedule::prefixes: tickets are the prefixes of all rows' later runs, these runs, the first runs.
 MAMBA2_DEVICE Task task_of_row(const FusedScanArgs& args, int ticket) {
   const bool prefix = ticket < args.prefixes;
@@ -161,7 +157,7 @@ struct Walk {
   MAMBA2_DEVICE void begin(const FusedScanArgs& args, int ticket) {
     task = task_of(args, ticket);
     i = first();
-    chunk = task.begin < task.end ? args.chunking.at(i) : Chunk{-1};
+    chunk = has_chunks(task) ? args.chunking.at(i) : Chunk{-1};
   }
   MAMBA2_DEVICE int first() const { return task.backwards ? task.end - 1 : task.begin; }
   MAMBA2_DEVICE bool exists() const { return chunk.i_seq >= 0; }
