@@ -194,7 +194,8 @@ struct Decays {
       const int64_t at = c.row * args.steps.dt.b + int64_t(c.token + t) * args.steps.dt.l;
       MAMBA2_UNROLL
       for (int half = 0; half < kUnits; ++half)
-        next.of[half].dt_bits[k] = load_dt_bits(args.steps, at + head[half] * args.steps.dt.h);
+        next.of[half].dt_bits[k] =
+            load_bits(args.steps.dt.ptr, args.steps.dt_dtype, at + head[half] * args.steps.dt.h);
       if (args.steps.seq_idx) next.reset[k] = resets(args.steps, c.row, c.token + t);
     }
     next.count = c.count, next.backwards = walk.task.backwards;
@@ -209,8 +210,8 @@ struct Decays {
     const float bias = __shfl_sync(~0u, parameter, kUnits + half);
     MAMBA2_UNROLL
     for (int k = 0; k < 2; ++k) {
-      const float dt = dt_of_bits(args.steps, in.dt_bits[k]);
-      const Step step = step_of(args.steps, dt, bias, A, reset[k]);
+      const float dt = float_of_bits(args.steps.dt_dtype, in.dt_bits[k]);
+      const Step step = fast_step_of(args.steps, dt, bias, A, reset[k]);
       sums.delta[k] = 2 * lane + k < count ? step.delta : 0.f;
       sums.a[k] = 2 * lane + k < count ? step.a_log2 : 0.f;
     }
@@ -219,17 +220,6 @@ struct Decays {
     if (lane > 0) sums.a[0] += before;
     sums.a[1] = up_to;
     return sums;
-  }
-  // One copy of the code for both units (see Scorer::weigh_units): the second one's inputs move up.
-  MAMBA2_DEVICE void sum(Sums (&sums)[kUnits], Inputs in) const {
-    constexpr int kLast = kUnits - 1;
-    static_assert(kUnits <= 2, "one that moves up");
-    MAMBA2_NO_UNROLL
-    for (int half = 0; half < kUnits; ++half) {
-      sums[0] = sums[kLast];
-      sums[kLast] = sums_of(in.of[0], half, in.parameter, in.reset, in.count);
-      in.of[0] = in.of[kLast];
-    }
   }
   MAMBA2_DEVICE void store(const Sums& of, Weights<T, kUnits>& weights, int half,
                            bool backwards) const {
@@ -258,7 +248,9 @@ struct Decays {
       fetch();
       if (fetched) {
         Sums sums[kUnits];
-        sum(sums, now);
+        MAMBA2_UNROLL
+        for (int half = 0; half < kUnits; ++half)
+          sums[half] = sums_of(now.of[half], half, now.parameter, now.reset, now.count);
         s.weights_ring.wait_empty(to);
         MAMBA2_UNROLL
         for (int half = 0; half < kUnits; ++half)

@@ -1,5 +1,6 @@
 // From dt to the step size and the log-decay of one token, on the device: what chunk_cumsum sums.
 #pragma once
+#include "../core/activations.cuh"
 #include "../core/convert.cuh"
 #include "formulas.cuh"
 #include "params.h"
@@ -59,21 +60,21 @@ MAMBA2_DEVICE void load_dt(const StepInputs& in, int row, int token, int i_h, in
   }
 }
 
-// One dt as it lies in memory, so that nothing waits for the load until dt_of_bits.
-MAMBA2_DEVICE uint32_t load_dt_bits(const StepInputs& in, int64_t at) {
-  if (size_of(in.dt_dtype) == 2) return static_cast<const uint16_t*>(in.dt.ptr)[at];
-  if (in.dt_dtype == DType::f32) return static_cast<const uint32_t*>(in.dt.ptr)[at];
-  const float dt = static_cast<float>(static_cast<const double*>(in.dt.ptr)[at]);
+// A number as it lies in memory, so that nothing waits for the load until float_of_bits.
+MAMBA2_DEVICE uint32_t load_bits(const void* from, DType dtype, int64_t at) {
+  if (size_of(dtype) == 2) return static_cast<const uint16_t*>(from)[at];
+  if (dtype == DType::f32) return static_cast<const uint32_t*>(from)[at];
+  const float number = static_cast<float>(static_cast<const double*>(from)[at]);
   uint32_t bits;
-  __builtin_memcpy(&bits, &dt, sizeof(bits));
+  __builtin_memcpy(&bits, &number, sizeof(bits));
   return bits;
 }
-MAMBA2_DEVICE float dt_of_bits(const StepInputs& in, uint32_t bits) {
-  if (in.dt_dtype == DType::f16) return unpack2<f16>(bits).x;
-  if (in.dt_dtype == DType::bf16) bits <<= 16;
-  float dt;
-  __builtin_memcpy(&dt, &bits, sizeof(dt));
-  return dt;
+MAMBA2_DEVICE float float_of_bits(DType dtype, uint32_t bits) {
+  if (dtype == DType::f16) return unpack2<f16>(bits).x;
+  if (dtype == DType::bf16) bits <<= 16;
+  float number;
+  __builtin_memcpy(&number, &bits, sizeof(number));
+  return number;
 }
 
 // Whether the sequence of runs in seq_idx starts anew at this token of the row.
@@ -91,6 +92,14 @@ struct Step {
 MAMBA2_DEVICE Step step_of(const StepInputs& in, float dt, float bias, float A, bool reset) {
   const float delta = delta_of(dt, bias, in.dt_softplus, in.dt_min, in.dt_max).value;
   return {delta, reset ? static_cast<float>(kMinDecayLog2) : decay_log2(delta, A)};
+}
+// The same with the fast softplus and selects: nothing branches, so that several tokens of a thread
+// take their steps side by side.
+MAMBA2_DEVICE Step fast_step_of(const StepInputs& in, float dt, float bias, float A, bool reset) {
+  const float v = dt + bias, soft = fast::softplus(v), raw = in.dt_softplus ? soft : v;
+  const float bounded = raw < in.dt_min ? in.dt_min : raw;
+  const float delta = bounded > in.dt_max ? in.dt_max : bounded, a = decay_log2(delta, A);
+  return {delta, reset ? static_cast<float>(kMinDecayLog2) : a};
 }
 
 // The sum over the lanes up to this one.
