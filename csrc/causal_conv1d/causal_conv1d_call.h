@@ -60,4 +60,22 @@ BackwardResult backward_on_cpu(const Tensor& dy, const OptionalTensor& d_final_s
 BackwardResult backward_on_cuda(const Tensor& dy, const OptionalTensor& d_final_states,
                                 const Arguments& arguments, const OptionalTensor& dx);
 
+// The operators as csrc/ops.cpp declares them, of a device's forward and backward.
+template <auto kForward>
+ForwardResult forward_operator(Tensor x, Tensor weight, OptionalTensor bias,
+                               OptionalTensor initial_states, OptionalTensor cu_seqlens, bool silu,
+                               bool return_final_states) {
+  auto [y, final_states] =
+      kForward({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
+  if (!return_final_states) final_states = allocate(Sizes{0}, x.scalar_type(), x);
+  return {y, final_states};
+}
+template <auto kBackward>
+BackwardResult backward_operator(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
+                                 OptionalTensor bias, OptionalTensor initial_states,
+                                 OptionalTensor cu_seqlens, bool silu, OptionalTensor dx) {
+  return defined(
+      kBackward(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu}, dx), x);
+}
+
 }  // namespace mamba2::causal_conv1d

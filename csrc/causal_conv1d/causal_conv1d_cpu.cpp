@@ -243,23 +243,6 @@ void step_as(const StepParams& params) {
 
 // ---- registration ----
 
-ForwardResult conv_forward(Tensor x, Tensor weight, OptionalTensor bias,
-                           OptionalTensor initial_states, OptionalTensor cu_seqlens, bool silu,
-                           bool return_final_states) {
-  auto [y, final_states] =
-      forward_on_cpu({x, weight, bias, initial_states, cu_seqlens, silu}, return_final_states);
-  if (!return_final_states) final_states = allocate(Sizes{0}, x.scalar_type(), x);
-  return {y, final_states};
-}
-
-BackwardResult conv_backward(Tensor dy, OptionalTensor d_final_states, Tensor x, Tensor weight,
-                             OptionalTensor bias, OptionalTensor initial_states,
-                             OptionalTensor cu_seqlens, bool silu, OptionalTensor dx) {
-  return defined(
-      backward_on_cpu(dy, d_final_states, {x, weight, bias, initial_states, cu_seqlens, silu}, dx),
-      x);
-}
-
 Tensor conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu,
                  OptionalTensor state_indices) {
   const StepCall call = prepare_step(state, x, weight, bias, silu, state_indices);
@@ -286,8 +269,8 @@ BackwardResult backward_on_cpu(const Tensor& dy, const OptionalTensor& d_final_s
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
-  m.impl("causal_conv1d_forward", TORCH_BOX(&conv_forward));
-  m.impl("causal_conv1d_backward", TORCH_BOX(&conv_backward));
+  m.impl("causal_conv1d_forward", TORCH_BOX(&forward_operator<forward_on_cpu>));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&backward_operator<backward_on_cpu>));
   m.impl("causal_conv1d_step", TORCH_BOX(&conv_step));
 }
 
