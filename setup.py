@@ -133,6 +133,12 @@ class Build(cpp_extension.BuildExtension):
         self.force = True
         self.build_temp += "-cuda" if cpp_extension.CUDA_HOME else "-cpu"
 
+    def run(self):
+        # A wheel takes all that lies there, and what an earlier build left is not of this one.
+        for built in Path(self.build_lib, "mamba2_cuda").glob("*.so"):
+            built.unlink()
+        super().run()
+
     def build_extension(self, extension):
         everything, self.build_temp = self.build_temp, f"{self.build_temp}/{extension.name}"
         if torch.version.cuda is None:
