@@ -27,6 +27,13 @@ MAMBA2_DEVICE int laneid() {
   return lane;
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it
+// is used, not kept in registers from one round of a loop to the next.
+MAMBA2_DEVICE int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // 2^x, x * 2^n exact, subnormal results flushed to zero. ex2(-160) == 0.
 MAMBA2_DEVICE float ex2(float x) {
   float y;

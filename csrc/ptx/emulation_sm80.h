@@ -152,6 +152,7 @@ namespace mamba2::ptx {
 
 inline void* dynamic_smem() { return emulation::grid->current->block->smem; }
 inline int laneid() { return static_cast<int>(threadIdx.x % 32); }
+inline int anew(int v) { return v; }
 inline bool elect_sync() { return laneid() == 0; }
 inline uint32_t smem_address(const void* p) {
   return emulation::window_address(p, 0, "smem_address");

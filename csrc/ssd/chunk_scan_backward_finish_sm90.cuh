@@ -1,5 +1,6 @@
 // chunk_scan_backward (sm_90a), the finishing side: K, and what the consumers leave of a head
-// in shared memory on its way to global memory, while they do the next head.
+// in shared memory on its way to global memory, while they do the next head. Of a ragged chunk it
+// clears the rows that belong to a neighbour before the consumers see them.
 //
 //   K = 2^a_q <G, S>     dx     R_i - Q_i     E_i     F_j / delta_j     sum_{i>=j} V_ij     dD
 #pragma once
@@ -14,6 +15,8 @@ struct FinishingSide {
   static constexpr int kUnit = 8;                     // elements of 16 bytes
   static constexpr int kRowUnits = kHeadDim / kUnit;  // a thread keeps its columns
   static constexpr int kRowsAtOnce = kThreads / kRowUnits;
+  // Heads that consumers begin before the one at hand is finished.
+  static constexpr int kHeadsAhead = 2 / Shape::kSharers;
   const BackwardArgs& args;
   ChunkScanBackwardSmem<T, kN>& s;
   const ScanTask& task;
@@ -21,6 +24,40 @@ struct FinishingSide {
 
   // Asked for anew: what follows from a kept one would cost registers.
   MAMBA2_DEVICE int thread_anew() const { return 32 * warp + ptx::laneid(); }
+
+  // ---- a ragged chunk ----
+  // All threads have cleared what a barrier tells of. Each says so: compute-sanitizer takes the
+  // arrival of one lane for a warp as that lane's alone.
+  MAMBA2_DEVICE static void cleared(ptx::Mbarrier* full) {
+    ptx::fence_proxy_async_shared();
+    ptx::mbarrier_arrive(full);
+  }
+  MAMBA2_DEVICE void clear_group(int valid) const {
+    ptx::mbarrier_wait(&s.group_loaded, 0);
+    clear_rows<kN>(s.B, task.own_of(valid), thread_anew(), kThreads);
+    clear_rows<kN>(s.C, task.own_of(valid), thread_anew(), kThreads);
+    if (task.block == 0)
+      clear_rows<kN>(s.later_C(), max(0, valid - kBlock), thread_anew(), kThreads);
+    cleared(&s.group_full);
+  }
+  // The tokens of the i-th head.
+  MAMBA2_DEVICE void clear_tokens(int valid, int i) const {
+    const TokenSlot<kN> slot(i);
+    TokenStage<T>& stage = s.tokens[slot.stage];
+    ptx::mbarrier_wait(&s.tokens_loaded[slot.stage], slot.phase);
+    clear_rows<kHeadDim>(stage.x, task.own_of(valid), thread_anew(), kThreads);
+    clear_rows<kHeadDim>(stage.dy[0], task.own_of(valid), thread_anew(), kThreads);
+    if (task.block == 0)
+      clear_rows<kHeadDim>(stage.dy[1], max(0, valid - kBlock), thread_anew(), kThreads);
+    cleared(&s.tokens_ring.full[slot.stage]);
+  }
+  // All that consumers may come to while the i-th head is finished, from head `next` on.
+  MAMBA2_DEVICE void clear(int& next, int i) const {
+    const int valid = task.valid(args);
+    if (valid == kBackwardQ) return;
+    if (next == 0) clear_group(valid);
+    for (; next < min(task.heads, i + 1 + kHeadsAhead); ++next) clear_tokens(valid, next);
+  }
 
   // <G, S> as the trace of G S^T: tensor cores take 16 by 16 elements of both at a time and add up
   // 16 rows by 16, of which the diagonal counts. The later block leaves it to the earlier one,
@@ -101,8 +138,10 @@ struct FinishingSide {
   MAMBA2_DEVICE void run() {
     const int lane = ptx::laneid();
     HeadPlace place(args, task.first_head);
+    int cleared_heads = 0;
     MAMBA2_NO_UNROLL
     for (int i = 0; i < task.heads; ++i, place.advance(args)) {
+      clear(cleared_heads, i);
       const ResultSlot<kN> slot(i);
       HeadResults& results = s.results[slot.stage];
       const int head = task.first_head + i;

@@ -122,7 +122,7 @@ struct TokenGroup : TokenPairs<T, kN> {
 
   // ---- before and after all heads ----
   MAMBA2_DEVICE void begin() {
-    this->wait_group();
+    ptx::mbarrier_wait(&s.group_full, 0);
     if constexpr (kSharers == 2)
       multiply_BC();
     else
@@ -134,11 +134,11 @@ struct TokenGroup : TokenPairs<T, kN> {
     }
   }
   MAMBA2_DEVICE void end() {
-    this->all();
+    this->meet(&s.tokens_done);  // dCB goes where tokens were
     if constexpr (kSharers == 1) add_dCB();
     if (kSharers == 2 || side == 0) store_dCB(kOwn, dCB[kOwn]);
     if (earlier() && (kSharers == 2 || side == 1)) store_dCB(kLater, dCB[kLater]);
-    this->all();
+    this->meet(&s.dCB_full);
     if (earlier()) store_later_dC();
   }
 };

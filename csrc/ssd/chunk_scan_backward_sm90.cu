@@ -39,14 +39,17 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   constexpr uint32_t kGroupTile = sizeof(T) * kBlock * kN, kTile = sizeof(T) * kBlock * kHeadDim;
   constexpr uint32_t kImage = sizeof(T) * kHeadDim * kN;
 
-  ptx::mbarrier_arrive_expect_tx(&s.group_full, (2 + earlier) * kGroupTile);
+  const bool ragged = task.ragged(args);
+  ptx::Mbarrier* group_loaded = ragged ? &s.group_loaded : &s.group_full;
+  ptx::Mbarrier* tokens_loaded = ragged ? s.tokens_loaded : s.tokens_ring.full;
+  ptx::mbarrier_arrive_expect_tx(group_loaded, (2 + earlier) * kGroupTile);
   for (int panel = 0; panel < kN / 64; ++panel) {
     const int at = panel * kBlock * 64, column = panel * 64;
-    ptx::tma_load_4d(s.B + at, &args.B, column, task.group, own, chunk.row, &s.group_full);
-    ptx::tma_load_4d(s.C + at, &args.C, column, task.group, own, chunk.row, &s.group_full);
+    ptx::tma_load_4d(s.B + at, &args.B, column, task.group, own, chunk.row, group_loaded);
+    ptx::tma_load_4d(s.C + at, &args.C, column, task.group, own, chunk.row, group_loaded);
     if (earlier)
       ptx::tma_load_4d(s.later_C() + at, &args.C, column, task.group, later, chunk.row,
-                       &s.group_full);
+                       group_loaded);
   }
 
   ptx::griddepcontrol_wait();  // B, C and the table of chunks were there before
@@ -70,7 +73,7 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
 
     const TokenSlot<kN> slot(i);
     TokenStage<T>& stage = s.tokens[slot.stage];
-    full = &s.tokens_ring.full[slot.stage];
+    full = &tokens_loaded[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, bytes);
     ptx::tma_load_4d_once(stage.x, &args.x, place.channel, place.head, own, chunk.row, full);
@@ -101,10 +104,15 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
   const ScanTask task(args);
   if (task.chunk.i_seq < 0) return ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) {
-    s.tokens_ring.init(1, Shape::kHeadWarps);
+    const int loaders = task.ragged(args) ? 32 * kFinishWarps : 1;
+    s.tokens_ring.init(loaders, Shape::kHeadWarps);
     s.states_ring.init(1, Shape::kHeadWarps + (task.block == 0 ? kFinishWarps : 0));
     s.results_ring.init(32 * Shape::kHeadWarps, kFinishWarps);
-    ptx::mbarrier_init(&s.group_full, 1);
+    ptx::mbarrier_init(&s.group_full, loaders);
+    ptx::mbarrier_init(&s.group_loaded, 1);
+    for (ptx::Mbarrier& b : s.tokens_loaded) ptx::mbarrier_init(&b, 1);
+    ptx::mbarrier_init(&s.tokens_done, kScanConsumers);
+    ptx::mbarrier_init(&s.dCB_full, kScanConsumers);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

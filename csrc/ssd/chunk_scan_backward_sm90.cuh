@@ -96,6 +96,9 @@ struct alignas(1024) ChunkScanBackwardSmem {
   tile::Ring<Shape::kStateStages> states_ring;
   tile::Ring<Shape::kResultStages> results_ring;
   ptx::Mbarrier group_full;  // B and C are in
+  // The same, and tokens, of a ragged chunk before its last rows are cleared.
+  ptx::Mbarrier group_loaded, tokens_loaded[Shape::kTokenStages];
+  ptx::Mbarrier tokens_done, dCB_full;  // after the last head, where consumers meet
 
   // C of the later tokens: until C B^T takes its place, and again after the last head, in the ring
   // of states.
@@ -109,9 +112,7 @@ enum ScanBarriers {
   kTokenSidesBarrier = 1,
   kStateSideBarrier,
   kFinishBarrier,
-  kConsumersBarrier,
-  kHeadBarriers,                         // 2: by token side
-  kExchangeBarriers = kHeadBarriers + 2  // 4: by warp
+  kExchangeBarriers  // 4: by warp
 };
 
 // Which tokens and heads a block works on.
@@ -142,7 +143,16 @@ struct ScanTask {
   MAMBA2_DEVICE int valid(const BackwardArgs& args) const {
     return args.chunking.table ? args.chunking.table[i_chunk].z : kBackwardQ;
   }
+  // Whether there are such rows. The finishing side clears them before the consumers see a tile.
+  MAMBA2_DEVICE bool ragged(const BackwardArgs& args) const { return valid(args) < kBackwardQ; }
 };
+
+// Rows from `count` on become zero.
+template <int kColumns, class T>
+MAMBA2_DEVICE void clear_rows(T* tile, int count, int thread, int threads) {
+  for (int panel = 0; panel < kColumns / 64; ++panel)
+    tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, thread, threads);
+}
 
 // Row by row, a fragment times an accumulator of the same shape: adds this lane's part of the sum.
 template <class T, int kPairs>
@@ -195,7 +205,7 @@ struct ScanConsumer {
   ChunkScanBackwardSmem<T, kN>& s;
   const ScanTask& task;
   const int thread;  // of the warpgroup
-  const tile::Lane me;
+  tile::Lane me;
 
   MAMBA2_DEVICE ScanConsumer(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
                              const ScanTask& task)
@@ -206,8 +216,12 @@ struct ScanConsumer {
   MAMBA2_DEVICE void results_full(const ResultSlot<kN>& slot) const {
     ptx::mbarrier_arrive(&s.results_ring.full[slot.stage]);
   }
-  // Waits for the other consumers.
-  MAMBA2_DEVICE void all() { ptx::bar_sync(kConsumersBarrier, kScanConsumers); }
+  // Waits for the other consumers. They come from several places in the code: bar.sync is for
+  // threads that all come to the same one.
+  MAMBA2_DEVICE void meet(ptx::Mbarrier* others) const {
+    ptx::mbarrier_arrive(others);
+    ptx::mbarrier_wait(others, 0);
+  }
   // Where a (slices, chunks, g, rows, n) array holds this block's group; then this lane's element.
   MAMBA2_DEVICE float* slice(float* array, int rows, int first_row) const {
     const int64_t i = (int64_t(task.slice) * args.chunks + task.i_chunk) * args.g + task.group;
@@ -238,45 +252,11 @@ struct ScanConsumer {
       }
     }
   }
-  template <int kColumns>
-  MAMBA2_DEVICE void clear(T* tile, int count, int thread, int threads) const {
-    for (int panel = 0; panel < kColumns / 64; ++panel)
-      tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, thread, threads);
-  }
-  MAMBA2_DEVICE void wait_group() {
-    ptx::mbarrier_wait(&s.group_full, 0);
-    const int valid = task.valid(args);
-    if (valid == kBackwardQ) return;
-    clear<kN>(s.B, task.own_of(valid), threadIdx.x, kScanConsumers);
-    clear<kN>(s.C, task.own_of(valid), threadIdx.x, kScanConsumers);
-    if (task.block == 0)
-      clear<kN>(s.later_C(), max(0, valid - kBlock), threadIdx.x, kScanConsumers);
-    ptx::fence_proxy_async_shared();
-    all();
-  }
   // The tokens of the i-th head of the task.
-  MAMBA2_DEVICE const TokenStage<T>& wait_tokens(int i) {
+  MAMBA2_DEVICE const TokenStage<T>& wait_tokens(int i) const {
     const TokenSlot<kN> slot(i);
-    TokenStage<T>& stage = s.tokens[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.full[slot.stage], slot.phase);
-    const int valid = task.valid(args);
-    if (valid < kBackwardQ) clear_tokens(stage, valid, i);
-    return stage;
-  }
-  // By all consumers of the i-th head.
-  MAMBA2_DEVICE void clear_tokens(TokenStage<T>& stage, int valid, int i) {
-    constexpr bool kShared = Shape::kSharers == 2;
-    constexpr int kThreads = 32 * Shape::kHeadWarps;
-    const bool by_state_side = threadIdx.x < tile::kWarpgroup;
-    const int mine = kShared || by_state_side ? int(threadIdx.x) : tile::kWarpgroup + thread;
-    clear<kHeadDim>(stage.x, task.own_of(valid), mine, kThreads);
-    clear<kHeadDim>(stage.dy[0], task.own_of(valid), mine, kThreads);
-    if (task.block == 0) clear<kHeadDim>(stage.dy[1], max(0, valid - kBlock), mine, kThreads);
-    ptx::fence_proxy_async_shared();
-    if (kShared)
-      all();
-    else
-      ptx::bar_sync(kHeadBarriers + i % 2, kThreads);
+    return s.tokens[slot.stage];
   }
   MAMBA2_DEVICE const StateStage<T, kN>& wait_states(int i) const {
     const StateSlot<kN> slot(i);

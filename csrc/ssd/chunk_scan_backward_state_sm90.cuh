@@ -116,7 +116,7 @@ struct StateSide : ScanConsumer<T, kN> {
   MAMBA2_DEVICE void run() {
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; ++e) dC[e] = dB[e] = 0;
-    this->wait_group();
+    ptx::mbarrier_wait(&s.group_full, 0);
     for (int i = 0; i < task.heads; ++i) {
       const TokenStage<T>& stage = this->wait_tokens(i);
       const StateStage<T, kN>& states = this->wait_states(i);
@@ -127,8 +127,8 @@ struct StateSide : ScanConsumer<T, kN> {
       arrive_warp(&s.states_ring.empty[StateSlot<kN>(i).stage], me.lane);
       arrive_warp(&s.tokens_ring.empty[TokenSlot<kN>(i).stage], me.lane);
     }
-    this->all();  // no token is read any more
-    this->all();  // the token sides have written dCB
+    this->meet(&s.tokens_done);
+    this->meet(&s.dCB_full);
     uint32_t a[16];
     tile::load_transposed<4>(a, this->dCB_panel(0), me);
     add_product<T, kN>(dC, a, tile::MnMajor<kBlock>{s.B});
@@ -138,7 +138,7 @@ struct StateSide : ScanConsumer<T, kN> {
       this->wait_states(task.heads);
       T* later_C = s.later_C_again(task.heads);
       if (const int valid = task.valid(args); valid < kBackwardQ) {
-        this->template clear<kN>(later_C, max(0, valid - kBlock), thread, tile::kWarpgroup);
+        clear_rows<kN>(later_C, max(0, valid - kBlock), thread, tile::kWarpgroup);
         ptx::fence_proxy_async_shared();
         ptx::bar_sync(kStateSideBarrier, tile::kWarpgroup);
       }

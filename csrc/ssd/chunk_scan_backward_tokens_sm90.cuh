@@ -51,7 +51,7 @@ struct TokenSide : TokenGroup<T, kN> {
     const T* G = states.G + part() * kChannels * tile::kPanelColumns;
     ptx::wgmma_fence_operand(dx);
     ptx::wgmma_fence();
-    tile::product_ss<T, kChannels, kN / 16>(dx, tile::KMajor<kBlock>{s.B},
+    tile::product_ss<T, kChannels, kN / 16>(dx, tile::KMajor<kBlock>{s.B + ptx::anew(0)},
                                             tile::KMajor<kHeadDim>{G}, false);
     ptx::wgmma_commit_group();
   }
@@ -281,7 +281,10 @@ struct TokenSide : TokenGroup<T, kN> {
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(U);
       MAMBA2_NO_UNROLL
-      for (int i = 0; i < task.heads; ++i) share_head(i);
+      for (int i = 0; i < task.heads; ++i) {
+        me.lane = ptx::laneid();  // anew: what follows from a kept one would cost registers
+        share_head(i);
+      }
     } else {
       MAMBA2_NO_UNROLL
       for (int i = side; i < task.heads; i += 2) head(i);
