@@ -219,7 +219,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kRun > 4 ? 1 : 2)
       const int t = slot + k * kTokensAtOnce;
       if (t >= chunk.count) break;
       const int64_t token = chunk.token + t;
-      const float slope = delta_of(raw[k], bias, g.dt_softplus, g.dt_min, g.dt_max).gradient;
+      const float slope = delta_slope(raw[k], bias, g.dt_softplus, g.dt_min, g.dt_max);
       const float d_dt = smem.d_delta[t][i_h] * slope;
       bias_sum += d_dt;
       store(g.d_dt.ptr, g.dt_dtype, row * g.d_dt.b + token * g.d_dt.l + head * g.d_dt.h, d_dt);
