@@ -4,13 +4,13 @@
 // 0 and decay 1, so that the last entry of a chunk is always its whole decay.
 //
 // grid: (chunk, 16 heads), heads fastest. dt is read along the heads (its contiguous direction) and
-// written along the tokens, turned over in shared memory; a warp then scans one head's tokens, 32
-// at a time. The sums are fp64, and what their rounding to fp32 loses is an output of its own, for
-// the backward: a token between two resets, or between two tokens that forget all, takes part in
-// the decay gradient with the decay of a pair (docs/numerics.md). Or the sums are counted anew from
-// the first of each run of 16 tokens, which serves the same end where runs are what a kernel works
-// on. Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a chunk (21 MB at
-// b 8, l 4096, h 80) and by latency when the problem is small.
+// written along the tokens, turned over in shared memory; a warp then scans one head's tokens, a
+// run of them a lane. The sums are fp64, and what their rounding to fp32 loses is an output of its
+// own, for the backward: a token between two resets, or between two tokens that forget all, takes
+// part in the decay gradient with the decay of a pair (docs/numerics.md). Or the sums are counted
+// anew from the first of each run of 16 tokens, which serves the same end where runs are what a
+// kernel works on. Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a
+// chunk (21 MB at b 8, l 4096, h 80) and by latency when the problem is small.
 #include "../core/launch.h"
 #include "../ptx/common.cuh"
 #include "launch.h"
@@ -59,6 +59,36 @@ MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, in
   }
 }
 
+// A lane's run of consecutive tokens, in fp32.
+template <int kRun, class Value>
+MAMBA2_DEVICE void store_run(float* out, Value&& value) {
+  MAMBA2_UNROLL for (int k = 0; k < kRun; k += 4) * reinterpret_cast<float4*>(out + k) =
+      float4{static_cast<float>(value(k)), static_cast<float>(value(k + 1)),
+             static_cast<float>(value(k + 2)), static_cast<float>(value(k + 3))};
+}
+
+// One head's tokens, by a warp: each lane adds up a run, the lanes' sums are scanned.
+template <int q>
+MAMBA2_DEVICE void sum_head(const CumsumParams& params, const float (&delta)[q + 2],
+                            const float (&a)[q + 2], int64_t out, int lane) {
+  constexpr int kRun = q / 32, kRunLanes = kDecayRun / kRun;
+  const int first = lane * kRun;
+  double sum[kRun], before = 0;  // of this lane's tokens; of the lanes before
+  MAMBA2_UNROLL for (int k = 0; k < kRun; ++k) sum[k] = a[first + k] + (k > 0 ? sum[k - 1] : 0.);
+  before = __shfl_up_sync(~0u, inclusive_sum(sum[kRun - 1], lane), 1);
+  if (lane == 0) before = 0;
+  const double before_run = __shfl_sync(~0u, before, lane / kRunLanes * kRunLanes);
+  MAMBA2_UNROLL for (int k = 0; k < kRun; ++k) sum[k] += before;
+
+  store_run<kRun>(params.delta + out + first, [&](int k) { return delta[first + k]; });
+  store_run<kRun>(params.a_cumsum_log2 + out + first, [&](int k) { return sum[k]; });
+  if (params.a_run_log2)
+    store_run<kRun>(params.a_run_log2 + out + first, [&](int k) { return sum[k] - before_run; });
+  if (params.a_rest_log2)
+    store_run<kRun>(params.a_rest_log2 + out + first,
+                    [&](int k) { return sum[k] - static_cast<float>(sum[k]); });
+}
+
 template <int q>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 128 ? 4 : 3)
     chunk_cumsum_kernel(MAMBA2_GRID_CONSTANT const CumsumParams params) {
@@ -72,21 +102,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 128 ? 4 : 3)
   load_steps(params, chunk, head_base, shared);
   __syncthreads();
 
-  const int lane = threadIdx.x % 32;
-  for (int head = threadIdx.x / 32; head < kHeads && head_base + head < params.h; head += kWarps) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int head = warp; head < kHeads && head_base + head < params.h; head += kWarps) {
     const int64_t out = (static_cast<int64_t>(i_chunk) * params.h + head_base + head) * q;
-    double before = 0;
-    MAMBA2_UNROLL for (int t = lane; t < q; t += 32) {
-      const double sum = inclusive_sum(double(shared.a[head][t]), lane) + before;
-      const double middle = __shfl_sync(~0u, sum, kDecayRun - 1);
-      if (params.a_run_log2)
-        params.a_run_log2[out + t] = static_cast<float>(sum - (lane < kDecayRun ? before : middle));
-      before = __shfl_sync(~0u, sum, 31);
-      params.delta[out + t] = shared.delta[head][t];
-      const float rounded = static_cast<float>(sum);
-      params.a_cumsum_log2[out + t] = rounded;
-      if (params.a_rest_log2) params.a_rest_log2[out + t] = static_cast<float>(sum - rounded);
-    }
+    sum_head<q>(params, shared.delta[head], shared.a[head], out, lane);
   }
 }
 
