@@ -61,19 +61,9 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     const int64_t index = args.head_at(task.i_chunk, head);
     const int64_t scalars = (int64_t(task.i_chunk) * args.tensor_h + place.head) * kBackwardQ;
 
-    const StateSlot<kN> state(i);
-    StateStage<T, kN>& states = s.states[state.stage];
-    ptx::Mbarrier* full = &s.states_ring.full[state.stage];
-    ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full, 2 * kImage);
-    ptx::bulk_load(states.G, static_cast<const T*>(args.d_states) + index * (kHeadDim * kN), kImage,
-                   full);
-    ptx::bulk_load(states.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
-                   full);
-
     const TokenSlot<kN> slot(i);
     TokenStage<T>& stage = s.tokens[slot.stage];
-    full = &tokens_loaded[slot.stage];
+    ptx::Mbarrier* full = &tokens_loaded[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, bytes);
     ptx::tma_load_4d_once(stage.x, &args.x, place.channel, place.head, own, chunk.row, full);
@@ -84,6 +74,16 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     ptx::bulk_load(stage.a_run_log2, args.a_run_log2 + scalars, kScalars, full);
     ptx::bulk_load(stage.delta, args.delta + scalars, kScalars, full);
     ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
+
+    const StateSlot<kN> state(i);
+    StateStage<T, kN>& states = s.states[state.stage];
+    full = &s.states_ring.full[state.stage];
+    ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, 2 * kImage);
+    ptx::bulk_load(states.G, static_cast<const T*>(args.d_states) + index * (kHeadDim * kN), kImage,
+                   full);
+    ptx::bulk_load(states.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
+                   full);
   }
   if (!earlier) return;
   const StateSlot<kN> state(task.heads);
