@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,28 @@ def install_mamba_ssm(folder=None):
         module.__path__ = [str(package.joinpath(*name.split(".")[1:]))]
         sys.modules[name] = module
     importlib.invalidate_caches()
+    compile_at_once()
     return re.search(r'__version__ = "(.+)"', (package / "__init__.py").read_text())[1]
+
+
+def compile_at_once():
+    """All cores compile the variants of a kernel before Triton's tuner times them one by one, which
+    changes nothing but how long tuning takes."""
+    import triton
+    from triton.runtime.autotuner import Autotuner
+
+    prune = Autotuner.prune_configs  # what the tuner asks for its variants
+
+    def compiled(tuner, options):
+        variants = prune(tuner, options)
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for variant in variants:
+                of_variant = {**options, **variant.all_kwargs(), "warmup": True}
+                tuner.fn.run(*tuner.nargs.values(), **of_variant)
+        return variants
+
+    if hasattr(triton, "AsyncCompileMode") and prune.__name__ != compiled.__name__:
+        Autotuner.prune_configs = compiled
 
 
 def attention(name, backend):
