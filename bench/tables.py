@@ -18,6 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 OURS, SM80, RIVAL = "mamba2_cuda", "mamba2_cuda_sm80", "mamba_ssm"
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MODEL = {
+    "mixer_fwd": "mixer, forward",
+    "mixer_train": "mixer, forward and backward",
+    "mixer_fwd_host": "mixer, the host's time of a forward",
+    "train_step": "training step",
+    "generate": "generation",
+}
 ATTENTION = {"sdpa_flash": "FlashAttention-2", "sdpa_cudnn": "cuDNN's attention"}
 
 
@@ -116,7 +123,8 @@ def model():
         row = measured.ours(op, shape, graph)
         tokens = f"{row['tokens_per_s']:,}" if "tokens_per_s" in row else ""
         memory = f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else ""
-        table.append((op, shape, f"{row['ms']:.2f}", tokens, memory, times(row)))
+        of = shape.replace("_", " ")
+        table.append((MODEL.get(op, op), of, f"{row['ms']:.2f}", tokens, memory, times(row)))
     return f"{measured.provenance()}.\n\n{markdown(table)}"
 
 

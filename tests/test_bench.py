@@ -230,3 +230,7 @@ def test_tables_follow_the_newest_rows(tmp_path, monkeypatch):
     full = tables.beside()
     assert "| 2.7b_b8_l4k | 0.250 (4.0) | 1.000 | 1.250 (4.0) | 5.000 |  |  |" in full
     assert tables.sweep() == "No figure is in bench/results yet."
+
+    step = row(op="train_step", ms=40.0) | {"shape": "130m_b8_l2k", "tokens_per_s": 409600}
+    rows.add(tmp_path / "h200_model.json", [step | {"peak_bytes": 12 * 10**9}])
+    assert "| training step | 130m b8 l2k | 40.00 | 409,600 | 12.0 |  |" in tables.model()
