@@ -1,6 +1,7 @@
 """The program `mamba2`: train, go on, look, convert, generate; what it says when it cannot."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -81,8 +82,14 @@ def test_a_tokenizer_of_ones_own_goes_with_the_model(trained, tmp_path, capsys):
     own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     own.save(str(tmp_path / "own.json"))
     options = ["--data", trained / "0.txt", "--tokenizer", tmp_path / "own.json"]
-    options += ["--config", trained / "config.json", "--out", tmp_path / "run"]
+    options += ["--config", trained / "config.json", "--out", tmp_path / "first"]
     assert run(*TRAIN.split(), *options, "--length", "8") == 0
+    # The folder has all that a run needs, wherever it is.
+    (tmp_path / "own.json").unlink()
+    (tmp_path / "first").rename(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    states(tmp_path / "run/checkpoints")[-1].unlink()
+    assert run("train", "--out", tmp_path / "run", "--resume", "--device", "cpu") == 0
     model = tmp_path / "run/model"
     assert load_model(model).config.vocab_size == 6
     capsys.readouterr()
@@ -95,6 +102,8 @@ def test_a_tokenizer_of_ones_own_goes_with_the_model(trained, tmp_path, capsys):
 
 
 def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
+    begin, config = f"train --out {tmp_path}/d --data {trained}/0.txt", tmp_path / "config.json"
+    config.write_text('{"ssm_cfg": {"layer": "Mamba2"}}')
     for command, complaint in {
         f"info {tmp_path}": "config.json",
         f"generate {trained}/run/model --prompt a --top-p 2 --device cpu": "top_p cannot be 2",
@@ -102,10 +111,26 @@ def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
         f"train --out {tmp_path}/a": "give --data or --tokens",
         f"train --out {tmp_path}/b --tokens {trained}/0.txt": "--tokens needs --vocab-size",
         f"train --out {tmp_path}/c --data {tmp_path}/no.txt": "no.txt",
+        f"{begin} --accumulate 0": "accumulate must be at least 1, got 0",
+        f"{begin} --steps 0": "steps must be at least 1, got 0",
+        f"{begin} --save-every -1": "save_every must be at least 1, got -1",
+        f"{begin} --warmup 5": "warmup must be a share of the steps, 0 to 1, got 5",
+        f"{begin} --rate nan": "rate must be 0 or more, got nan",
+        f"{begin} --clip 0": "clip must be above 0, got 0",
+        f"{begin} --held-out 1.5": "above 0 and below 1: 1.5",
+        f"{begin} --held-out 0.001": "0 held-out tokens are too few for windows of 512",
+        f"{begin} --length 100000": "tokens are too few for windows of 100000",
+        f"{begin} --config {config}": "config: has no d_model, n_layer, vocab_size",
+        f"train --out {tmp_path}/e --tokens {trained}/0.txt --vocab-size 9": "has a token 3",
+        f"generate {trained}/run/model --prompt a --max-new-tokens -1": "must be 0 or more, got -1",
+        f"train --out {trained}/run --resume --steps 9": "--steps cannot be changed with --resume",
+        f"train --out {trained}/run --resume --fp32": "--fp32 cannot be changed with --resume",
     }.items():
-        assert run(*command.split()) == 2
+        assert run(*command.split()) == 2, command
         said = capsys.readouterr().err
         assert complaint in said and said.count("\n") == 1
+    # What was refused left no run behind.
+    assert run(*f"{begin} --steps 1 --length 16 --device cpu".split()) == 0
 
 
 @pytest.mark.parametrize("name", ["tape", "cuda:77"])

@@ -142,8 +142,17 @@ def test_impossible_settings_are_refused(option):
 
 
 def test_impossible_prompts_are_refused(model):
-    with pytest.raises(ValueError, match="none of them empty"):
-        generate(model, [[1], []], 3)
+    for prompts in ([[1], []], []):
+        with pytest.raises(ValueError, match="none of them empty"):
+            generate(model, prompts, 3)
+    with pytest.raises(ValueError, match="max_new_tokens: must be 0 or more, got -5"):
+        generate(model, PROMPTS, -5)
+    assert generate(model, PROMPTS, 0) == [[], [], []]
+    for token in (-1, 32):
+        with pytest.raises(ValueError, match=r"tokens must be in 0\.\.31, got"):
+            generate(model, [[1, token]], 3)
+    with pytest.raises(ValueError, match="prompts: must be 3, got 1"):
+        Decoder(model, 3, 7).generate([[1]], 3)
     with pytest.raises(ValueError, match="5 \\+ 3 new tokens in room for 7"):
         Decoder(model, 3, 7).generate(PROMPTS, 3)
 

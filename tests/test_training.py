@@ -53,13 +53,13 @@ def same(a, b):
 
 
 def test_texts_become_a_file_of_tokens(tmp_path):
-    texts = ["naïve ", "", "text"]
+    texts = ["naïve ", "", "te\r\nxt"]
     paths = [tmp_path / f"{i}.txt" for i in range(3)]
     for path, text in zip(paths, texts):
-        path.write_text(text)
+        path.write_bytes(text.encode())
     dtype = tokenize(paths, ByteTokenizer(), tmp_path / "tokens.bin")
     tokens = open_tokens(tmp_path / "tokens.bin", dtype).tolist()
-    assert tokens == [*"naïve ".encode(), 256, 256, *b"text", 256]
+    assert tokens == [*"naïve ".encode(), 256, 256, *b"te\r\nxt", 256]
     (tmp_path / "empty.bin").touch()
     with pytest.raises(ValueError, match="holds no tokens"):
         open_tokens(tmp_path / "empty.bin")

@@ -19,7 +19,7 @@ from mamba2_cuda.model import Mamba2LMHeadModel, ModelConfig
 from mamba2_cuda.model.checkpoint import read_json, replace
 from mamba2_cuda.tokenizer import BYTES, open_tokenizer
 from mamba2_cuda.training import Recipe, Trainer, Windows, open_tokens, split, tokenize
-from mamba2_cuda.training.data import DTYPES
+from mamba2_cuda.training.data import DTYPES, check_tokens
 
 from .common import add_device
 
@@ -46,6 +46,7 @@ HELP = {
     "seed": "of the initial weights and the order of the data",
 }
 DEFAULTS = dict(steps=1000, batch=8, length=512)
+OF_A_RESUMED_RUN = {"command", "run", "default_of", "out", "resume", "device"}
 
 
 def add_options(parser):
@@ -87,56 +88,94 @@ def add_options(parser):
         help="compute layers again in the backward, for less memory",
     )
     add_device(parser)
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def run(options):
     if options.resume:
+        refuse_others(options)
         run = read_json(options.out / "run.json")
     else:
         run = prepare(options)
-    recipe = Recipe(**{**run["recipe"], "betas": tuple(run["recipe"]["betas"])})
-    tokens = open_tokens(run["tokens"], run["token_dtype"])
-    if len(tokens) != run["token_count"]:
-        raise ValueError(
-            f"{run['tokens']}: {len(tokens)} tokens, but {run['token_count']} when the run began"
-        )
-    training, held_out = split(tokens, run["held_out"])
-    windows = Windows(training, recipe.length, recipe.seed), Windows(held_out, recipe.length)
+    recipe, windows = open_run(run, options.out)
     torch.manual_seed(recipe.seed)
     model = Mamba2LMHeadModel(ModelConfig.from_dict(run["config"]), device=options.device)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters, {len(training):,} tokens to train on, {len(held_out):,} held out")
+    training, held_out = (len(w.tokens) for w in windows)
+    print(f"{count:,} parameters, {training:,} tokens to train on, {held_out:,} held out")
     Trainer(model, recipe, *windows, options.out).run(resume=options.resume)
-    if run["tokenizer"] != BYTES and run["tokenizer"] is not None:
-        shutil.copy(run["tokenizer"], options.out / "model/tokenizer.json")
+    if run["tokenizer"] not in (BYTES, None):
+        shutil.copy(options.out / run["tokenizer"], options.out / "model/tokenizer.json")
     print(f"the model: {options.out / 'model'}")
 
 
+def refuse_others(options):
+    """--resume goes on with what the run began with: another option would be overlooked."""
+    for name, value in vars(options).items():
+        if name not in OF_A_RESUMED_RUN and value != options.default_of(name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} cannot be changed with --resume: begin another run")
+
+
+def open_run(run, out):
+    """(recipe, (windows of training, held-out windows)) of run.json's content."""
+    try:
+        recipe = Recipe(**{**run["recipe"], "betas": tuple(run["recipe"]["betas"])})
+        path, dtype, count, share = (
+            run[k] for k in ("tokens", "token_dtype", "token_count", "held_out")
+        )
+    except (KeyError, TypeError) as cause:
+        raise ValueError(f"{out / 'run.json'}: damaged: {cause!r}") from cause
+    path = out / path  # which may be absolute
+    tokens = open_tokens(path, dtype)
+    if len(tokens) != count:
+        raise ValueError(f"{path}: {len(tokens)} tokens, but {count} when the run began")
+    training, held_out = split(tokens, share)
+    return recipe, (
+        Windows(training, recipe.length, recipe.seed),
+        Windows(held_out, recipe.length, what="held-out tokens"),
+    )
+
+
 def prepare(options):
-    """Writes the tokens and run.json, which is all that --resume needs; returns its content."""
+    """Writes the tokens and run.json, which is all that --resume needs; returns its content.
+
+    run.json comes last, when nothing is left to refuse."""
     if (options.out / "run.json").exists():
         raise ValueError(f"{options.out} holds a run: --resume it, or choose another --out")
     if (options.data is None) == (options.tokens is None):
         raise ValueError("give --data or --tokens, one of the two")
-    options.out.mkdir(parents=True, exist_ok=True)
+    recipe = make_recipe(options)
+    name = None
     if options.data is not None:
         tokenizer = open_tokenizer(options.tokenizer)
-        tokens, vocab_size, name = options.out / "tokens.bin", tokenizer.vocab_size, tokenizer.name
-        dtype = tokenize(options.data, tokenizer, tokens)
-    else:
-        tokens, vocab_size, name = options.tokens, options.vocab_size, None
-        dtype = options.token_dtype
-    if vocab_size is None:
+        vocab_size, name = tokenizer.vocab_size, tokenizer.name
+    elif options.vocab_size is None:
         raise ValueError("--tokens needs --vocab-size")
+    else:
+        vocab_size = options.vocab_size
+    config = make_config(options, vocab_size)
+    Mamba2LMHeadModel(config, device="meta")  # refuses what no model can be
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.data is not None:
+        tokens = "tokens.bin"  # in the folder, wherever that is
+        dtype = tokenize(options.data, tokenizer, options.out / tokens)
+    else:
+        tokens, dtype = str(options.tokens.resolve()), options.token_dtype
+        check_tokens(open_tokens(tokens, dtype), vocab_size, tokens)
+    if name not in (BYTES, None):
+        shutil.copy(name, options.out / "tokenizer.json")
+        name = "tokenizer.json"
     run = {
-        "config": make_config(options, vocab_size).to_dict(),
-        "recipe": dataclasses.asdict(make_recipe(options)),
-        "tokens": str(tokens.resolve()),
+        "config": config.to_dict(),
+        "recipe": dataclasses.asdict(recipe),
+        "tokens": tokens,
         "token_dtype": dtype,
-        "token_count": len(open_tokens(tokens, dtype)),
+        "token_count": len(open_tokens(options.out / tokens, dtype)),
         "held_out": options.held_out,
         "tokenizer": name,
     }
+    open_run(run, options.out)
     text = json.dumps(run, indent=2) + "\n"
     replace(options.out / "run.json", lambda path: path.write_text(text))
     return run

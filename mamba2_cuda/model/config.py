@@ -34,6 +34,13 @@ class ModelConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self):
+        least = dict(
+            d_model=1, n_layer=0, vocab_size=1, d_intermediate=0, pad_vocab_size_multiple=1
+        )
+        for name, least_value in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least_value:
+                raise ValueError(f"{name} must be an integer from {least_value} on, got {value!r}")
         check_keys("ssm_cfg", self.ssm_cfg, MIXER_KEYS)
         check_keys("attn_cfg", self.attn_cfg, ATTENTION_KEYS)
         outside = [i for i in self.attn_layer_idx if not 0 <= i < self.n_layer]
@@ -48,7 +55,13 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, given):
         """Out of a config.json's content. Raises ValueError on what this model cannot be."""
+        check_is_table("config", given)
         given = dict(given)
+        missing = sorted({"d_model", "n_layer", "vocab_size"} - set(given))
+        if missing:
+            raise ValueError(f"config: has no {', '.join(missing)}")
+        for name in ("ssm_cfg", "attn_cfg"):
+            check_is_table(name, given.get(name) or {})
         ssm_cfg = dict(given.pop("ssm_cfg", None) or {})
         layer = ssm_cfg.get("layer", "Mamba1")
         if layer != "Mamba2":
@@ -75,6 +88,11 @@ class ModelConfig:
         if self.norm_epsilon == 1e-5:
             del written["norm_epsilon"]
         return written
+
+
+def check_is_table(what, given):
+    if not isinstance(given, dict):
+        raise ValueError(f"{what}: must be a table of values by name, got {given!r}")
 
 
 def check_keys(what, given, known):

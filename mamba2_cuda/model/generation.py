@@ -21,12 +21,21 @@ def generate(
     callback    is called with each new token of every row, None for rows that have ended
     cuda_graph  capture the step of one token in a CUDA graph (on CUDA)
     """
-    longest = max(map(len, prompts))
+    longest = check_prompts(prompts, max_new_tokens)
     decoder = Decoder(
         model, len(prompts), longest + max_new_tokens, sampling=sampling, eos=eos,
         cuda_graph=cuda_graph,
     )  # fmt: skip
     return decoder.generate(prompts, max_new_tokens, seed=seed, callback=callback)
+
+
+def check_prompts(prompts, max_new_tokens):
+    """The length of the longest."""
+    if not prompts or not all(prompts):
+        raise ValueError("prompts: there must be one, and none of them empty")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: must be 0 or more, got {max_new_tokens}")
+    return max(map(len, prompts))
 
 
 class Decoder:
@@ -43,6 +52,7 @@ class Decoder:
         self.model, self.sampling, self.max_length = model, sampling, max_length
         device = model.lm_head.weight.device
         self.device, self.vocab_size = device, model.config.vocab_size
+        self.vocabulary = model.config.padded_vocab_size  # rows of the embedding
         self.cache = model.allocate_cache(batch, max_length, state_dtype=state_dtype)
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the last one
@@ -91,9 +101,12 @@ class Decoder:
 
     def start(self, prompts, max_new_tokens, seed):
         """Reads the prompts and chooses each row's first token."""
-        if len(prompts) != len(self.token) or not all(prompts):
-            raise ValueError(f"prompts: must be {len(self.token)}, none of them empty")
-        longest = max(map(len, prompts))
+        longest = check_prompts(prompts, max_new_tokens)
+        if len(prompts) != len(self.token):
+            raise ValueError(f"prompts: must be {len(self.token)}, got {len(prompts)}")
+        ends, size = (min(map(min, prompts)), max(map(max, prompts))), self.vocabulary
+        if ends[0] < 0 or ends[1] >= size:
+            raise ValueError(f"prompts: tokens must be in 0..{size - 1}, got {ends[0]}..{ends[1]}")
         if longest + max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompts: {longest} + {max_new_tokens} new tokens in room for {self.max_length}"

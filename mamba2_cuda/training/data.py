@@ -22,7 +22,8 @@ def tokenize(paths, tokenizer, out):
     def write(part):
         with open(part, "wb") as file:
             for path in paths:
-                tokens = tokenizer.encode(Path(path).read_text(errors="replace")) + end
+                text = Path(path).read_bytes().decode(errors="replace")  # UTF-8 in any locale
+                tokens = tokenizer.encode(text) + end
                 array.array("H" if dtype == "uint16" else "I", tokens).tofile(file)
 
     replace(Path(out), write)
@@ -37,8 +38,20 @@ def open_tokens(path, dtype="uint16"):
     return torch.from_file(str(path), shared=False, size=size, dtype=DTYPES[dtype])
 
 
+def check_tokens(tokens, vocab_size, where):
+    """Reads them all once: a token outside the vocabulary would end a run on its way."""
+    for part in tokens.split(1 << 24):
+        largest = part.to(torch.int64).max().item()
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{where}: has a token {largest}, but {vocab_size} are in the vocabulary"
+            )
+
+
 def split(tokens, held_out=0.05):
     """(training, held out): the last share of the tokens is held out."""
+    if not 0 < held_out < 1:
+        raise ValueError(f"the share of tokens held out must be above 0 and below 1: {held_out}")
     kept = len(tokens) - int(len(tokens) * held_out)
     return tokens[:kept], tokens[kept:]
 
@@ -50,9 +63,9 @@ class Windows:
     changes from epoch to epoch.
     """
 
-    def __init__(self, tokens, length, seed=0):
+    def __init__(self, tokens, length, seed=0, what="tokens"):
         if len(tokens) <= length:
-            raise ValueError(f"{len(tokens)} tokens are too few for windows of {length}")
+            raise ValueError(f"{len(tokens)} {what} are too few for windows of {length}")
         self.tokens, self.length, self.seed = tokens, length, seed
         self.per_epoch = max(1, (len(tokens) - 1) // length - 1)
         self.epoch, self.starts = None, None

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+AT_LEAST_ONE = (
+    "steps", "batch", "length", "accumulate", "validate_every", "validation_windows", "save_every",
+)  # fmt: skip
+NOT_NEGATIVE = ("rate", "min_rate", "warmup", "weight_decay")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,6 +34,16 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.warmup > 1:
+            raise ValueError(f"warmup must be a share of the steps, 0 to 1, got {self.warmup}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}")
         if self.batch % self.accumulate:
             raise ValueError(f"batch ({self.batch}) % accumulate ({self.accumulate}) != 0")
 
