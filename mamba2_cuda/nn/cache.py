@@ -11,9 +11,9 @@ class MixerCache:
     ssm: torch.Tensor  # (b, h, p, n), the state
     A: torch.Tensor  # (h,), what the mixer's A was when this began: computed once, not every step
 
-    def reset(self):
-        self.conv.zero_()
-        self.ssm.zero_()
+    def states(self):
+        """What an empty cache holds zeros in."""
+        return [self.conv, self.ssm]
 
 
 @dataclass
@@ -22,9 +22,8 @@ class AttentionCache:
     v: torch.Tensor  # (b, hkv, max_length, head_dim)
     conv: torch.Tensor | None  # (b, d_conv - 1, channels of q, k and v)
 
-    def reset(self):
-        if self.conv is not None:
-            self.conv.zero_()
+    def states(self):
+        return [] if self.conv is None else [self.conv]
 
 
 @dataclass
@@ -43,8 +42,9 @@ class Cache:
     padded: bool = False
 
     def reset(self):
-        for layer in self.layers:
-            layer.reset()
+        states = [state for layer in self.layers for state in layer.states()]
+        for dtype in {state.dtype for state in states}:  # a launch for all of a dtype
+            torch._foreach_zero_([state for state in states if state.dtype == dtype])
         self.first.zero_()
         self.pads.zero_()
         self.seen, self.padded = 0, False

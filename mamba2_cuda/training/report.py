@@ -14,8 +14,8 @@ class Log:
     def __init__(self, path, step=0):
         self.path, self.lines = path, []
         if path.exists():
-            kept = (json.loads(line) for line in path.read_text().splitlines() if whole(line))
-            self.lines = [line for line in kept if line["step"] <= step]
+            read = map(parse, path.read_text(errors="replace").splitlines())
+            self.lines = [line for line in read if line is not None and line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         replace(path, lambda part: part.write_text(text))
 
@@ -30,9 +30,13 @@ class Log:
         return [step for step, _ in found], [value for _, value in found]
 
 
-def whole(line):
-    """False for a line that a killed run began."""
-    return line.endswith("}")
+def parse(line):
+    """A line of the log; None for what a killed run, or a fallen machine, has left of one."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and "step" in content else None
 
 
 def plot(log, path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mamba2_cuda.model import save_model
+from mamba2_cuda.model import CheckpointError, save_model
 
 from .events import EventFile
 from .recipe import make_optimizer
@@ -41,7 +41,13 @@ class Trainer:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         if resume and states(self.out / "checkpoints"):
-            self.restore(load_state(newest_state(self.out / "checkpoints")))
+            newest = newest_state(self.out / "checkpoints")
+            state = load_state(newest)
+            try:
+                self.restore(state)
+            except (RuntimeError, KeyError) as cause:
+                what = " ".join(str(cause).split())
+                raise CheckpointError(f"{newest}: not of this run's model: {what}") from cause
         log = Log(self.out / "log.jsonl", self.step)
         events = EventFile(self.out / "tensorboard")
         bar = ProgressBar(self.recipe.steps, progress)
