@@ -70,12 +70,21 @@ struct TokenPairs : ScanConsumer<T, kN> {
     }
     return rows;
   }
-  // Cumulative log2 decay of this lane's own columns. Loaded before any product is issued: what
-  // comes to shared memory after one waits for it.
-  MAMBA2_DEVICE void load_decays(float2 (&a_log2)[kGroups], const float* a_run_log2) const {
+  // Of this lane's own columns: cumulative log2 decay, and C_j . B_j, each of which becomes the m
+  // of its pair. Loaded before any product is issued: what comes to shared memory after one waits
+  // for it.
+  struct OwnColumns {
+    float2 a_log2[kGroups];
+    uint32_t diagonal[kRunGroups];
+  };
+  MAMBA2_DEVICE OwnColumns load_columns(const float* a_run_log2) const {
+    OwnColumns own;
     MAMBA2_UNROLL
     for (int k = 0; k < kGroups; ++k)
-      a_log2[k] = *reinterpret_cast<const float2*>(a_run_log2 + me.column(group(k)));
+      own.a_log2[k] = *reinterpret_cast<const float2*>(a_run_log2 + me.column(group(k)));
+    MAMBA2_UNROLL
+    for (int i = 0; i < kRunGroups; ++i) own.diagonal[i] = diagonal_pair(kSharers == 2 ? side : i);
+    return own;
   }
   // A group of columns, four pairs a lane: V, the k-th of m, and what U adds to dCB.
   template <int kTarget>
@@ -132,13 +141,10 @@ struct TokenPairs : ScanConsumer<T, kN> {
   }
   // The own block's columns; a warp's own 16 tokens are where the triangle is cut.
   MAMBA2_DEVICE void weigh_own(Fragment& m, Rows& rows, float (&columns)[2 * kGroups],
-                               const float2 (&a_log2)[kGroups], const float* a_run_log2) {
+                               const OwnColumns& own, const float* a_run_log2) {
     // As a set of bits: told that run == warp, the compiler would index registers with the warp.
     const unsigned diagonal = 1u << me.warp;
     const float4* bc = own_BC();
-    uint32_t pair[kRunGroups];
-    MAMBA2_UNROLL
-    for (int i = 0; i < kRunGroups; ++i) pair[i] = diagonal_pair(kSharers == 2 ? side : i);
     MAMBA2_UNROLL
     for (int i = 0; i < 2 * kGroups; ++i) columns[i] = 0, m[i] = 0;
     MAMBA2_UNROLL
@@ -147,12 +153,12 @@ struct TokenPairs : ScanConsumer<T, kN> {
       MAMBA2_UNROLL
       for (int i = 0; i < kRunGroups; ++i) {
         const int k = run * kRunGroups + i;
-        weigh_group(m, rows, columns, a_log2[k], k, own_BC(bc, k));
+        weigh_group(m, rows, columns, own.a_log2[k], k, own_BC(bc, k));
         if (diagonal >> run & 1) {
           if (kSharers == 1)
-            m[2 * k + i] |= pair[i];
+            m[2 * k + i] |= own.diagonal[i];
           else
-            m[2 * k] |= side ? 0 : pair[i], m[2 * k + 1] |= side ? pair[i] : 0;
+            m[2 * k] |= side ? 0 : own.diagonal[i], m[2 * k + 1] |= side ? own.diagonal[i] : 0;
         }
       }
       const float decay = run_decay(a_run_log2, run);

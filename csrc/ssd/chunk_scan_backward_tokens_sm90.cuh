@@ -132,27 +132,25 @@ struct TokenSide : TokenGroup<T, kN> {
       }
     }
   }
-  // This lane's part of dx, complete and rounded, and of the sums over its rows: to shared memory.
+  // Sums over this lane's rows, and their delta: to shared memory. Of V and F of two rows each of
+  // the four lanes that share them adds up one; F is down to one row's already. Then waits until
+  // the place of dx is free. All of it while the last product is on its way.
+  MAMBA2_DEVICE void leave_rows(const Rows& rows, float F, HeadResults& results, int i) const {
+    float V[2] = {rows.V[0], rows.V[1]};
+    share_columns<1>(V, me.lane, 1);
+    float sums[2] = {V[0], F};
+    share_columns<1>(sums, me.lane, 2);
+    const bool of_F = me.lane & 2, lower = me.lane & 1;
+    const int row = me.row(lower);
+    (of_F ? results.F : results.V)[part()][row] = sums[0];
+    if (part() == 0 && !of_F) results.delta[row] = lower ? rows.delta[1] : rows.delta[0];
+    if (i < Shape::kDxTiles) return;
+    const ResultSlot last(i - Shape::kDxTiles);
+    ptx::mbarrier_wait(&s.results_ring.empty[last.stage], last.phase);
+  }
+  // This lane's part of dx, complete and rounded: to shared memory.
   MAMBA2_DEVICE void leave(const TokenStage<T>& stage, const Gradient& dx, const Rows& rows,
-                           const float (&F_parts)[2], const ChannelFragment& dy,
-                           HeadResults& results, int i) const {
-    float V[2], F[2];
-    MAMBA2_UNROLL
-    for (int half = 0; half < 2; ++half) V[half] = row_sum(rows.V[half]);
-    MAMBA2_UNROLL
-    for (int half = 0; half < 2; ++half) F[half] = row_sum(F_parts[half]);
-    MAMBA2_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if (me.lane % 4 == 0) {
-        results.V[part()][me.row(half)] = V[half];
-        results.F[part()][me.row(half)] = F[half];
-        if (part() == 0) results.delta[me.row(half)] = rows.delta[half];
-      }
-    }
-    if (i >= Shape::kDxTiles) {
-      const ResultSlot last(i - Shape::kDxTiles);
-      ptx::mbarrier_wait(&s.results_ring.empty[last.stage], last.phase);
-    }
+                           const ChannelFragment& dy, int i) const {
     MAMBA2_UNROLL
     for (int step = 0; step < kSteps; ++step) {
       uint32_t r[4];
@@ -171,16 +169,15 @@ struct TokenSide : TokenGroup<T, kN> {
   MAMBA2_DEVICE void share_head(int i) {
     const ResultSlot slot(i);
     const TokenStage<T>& stage = s.tokens[TokenSlot(i).stage];
-    HeadResults& results = s.results[slot.stage];  // free: leave() of the last head has waited
+    HeadResults& results = s.results[slot.stage];  // free: leave_rows() of the last head has waited
     const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
     Rows rows = this->rows_of(stage);
-    float2 a_log2[kGroups];
-    this->load_decays(a_log2, a_run_log2);
+    const auto own = this->load_columns(a_run_log2);
     float dx[16];  // lacks delta_j and D until the end
     multiply_state(dx, this->wait_states(i));
     Fragment m, other;
     float columns[2 * kGroups], F[2] = {};
-    this->weigh_own(m, rows, columns, a_log2, a_run_log2);
+    this->weigh_own(m, rows, columns, own, a_run_log2);
     give(m);
     uint32_t x[2][4], dy[2][4];
     load_channels(x, stage.x);
@@ -196,6 +193,7 @@ struct TokenSide : TokenGroup<T, kN> {
     take(other);
     multiply_weights(dx, m, other, stage.dy[kOwn]);
     this->leave_columns(columns, results, kOwn);
+    share_columns<1>(F, me.lane, 1);
     ptx::wgmma_wait_group<0>();  // of dx too: m is to leave its registers
     ptx::wgmma_fence_operand(dx);
     ptx::wgmma_fence_operand(U);
@@ -207,13 +205,15 @@ struct TokenSide : TokenGroup<T, kN> {
       take(other);
       multiply_weights(dx, m, other, stage.dy[kLater]);
       multiply_next(i);
+      leave_rows(rows, F[0], results, i);
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_fence_operand(dx);
     } else {
       load_channels(dy, stage.dy[kOwn]);
+      leave_rows(rows, F[0], results, i);
     }
     if (args.dx_sum) pass_on(dx, i);
-    leave(stage, dx, rows, F, dy, results, i);
+    leave(stage, dx, rows, dy, i);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
     this->results_full(slot);
@@ -229,14 +229,13 @@ struct TokenSide : TokenGroup<T, kN> {
     const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
     multiply_tokens(stage, kOwn);
     Rows rows = this->rows_of(stage);
-    float2 a_log2[kGroups];
-    this->load_decays(a_log2, a_run_log2);
+    const auto own = this->load_columns(a_run_log2);
     Fragment m, later_m;
     float columns[2 * kGroups], F[2] = {};
     ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
-    this->weigh_own(m, rows, columns, a_log2, a_run_log2);
+    this->weigh_own(m, rows, columns, own, a_run_log2);
     const float rest = rest_of_chunk(stage);
     if (earlier()) {
       multiply_tokens(stage, kLater);
@@ -267,9 +266,11 @@ struct TokenSide : TokenGroup<T, kN> {
       ptx::wgmma_commit_group();
     }
     load_channels(channels, stage.dy[kOwn]);
+    share_columns<1>(F, me.lane, 1);
+    leave_rows(rows, F[0], results, i);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(dx);
-    leave(stage, dx, rows, F, channels, results, i);
+    leave(stage, dx, rows, channels, i);
     this->results_full(slot);
     arrive_warp(&s.tokens_ring.empty[TokenSlot(i).stage], me.lane);
   }
