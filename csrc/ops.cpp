@@ -137,11 +137,20 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
   // Decode: a norm and the projection behind it, for few rows. x, z (b, d) of one dtype;
   // norm_weight (d); weight (o, d), whose dtype norm's result is rounded to and y has; bias (o).
   // With a residual (b, o) y is added to it in place, and comes back as a 0-element tensor.
-  // early_weights: the work queued just before does not write weight, so that it may be read early.
+  // early_weights: the work queued just before writes no weights, so that they may be read early.
   m.def(
       "norm_linear(Tensor x, Tensor norm_weight, Tensor? z, Tensor weight, Tensor? bias, "
       "Tensor(a!)? residual, float eps, int group_size, bool norm_before_gate, "
       "bool early_weights) -> Tensor y");
+  // That with a residual, and the residual's norm for the next layer (add_norm_ without x): returns
+  // y (b, o). next_weight (o); dtype, of y, is core/dtype.h's integer.
+  m.def(
+      "norm_linear_add_norm_(Tensor(a!) residual, Tensor x, Tensor norm_weight, Tensor? z, "
+      "Tensor weight, Tensor? bias, Tensor next_weight, float eps, int group_size, "
+      "bool norm_before_gate, float next_eps, int dtype, bool early_weights) -> Tensor y");
+  // Decode: the projection alone, for more rows: x (b, d), weight (o, d) and y (b, o) of bf16, d
+  // and o multiples of 8.
+  m.def("linear_rows(Tensor x, Tensor weight, bool early_weights) -> Tensor y");
 
   // The residual takes what a layer adds to it, x of its shape (..., d), and is normed for the next
   // layer: residual_out = residual + x, of residual's dtype and absent without x; y is the norm of

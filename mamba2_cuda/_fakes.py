@@ -152,6 +152,16 @@ def _(x, norm_weight, z, weight, bias, residual, *_options):
     return weight.new_empty((x.shape[0], weight.shape[0]) if residual is None else 0)
 
 
+@fake("mamba2_cuda::norm_linear_add_norm_")
+def _(residual, x, norm_weight, z, weight, bias, next_weight, *options):
+    return weight.new_empty(residual.shape, dtype=DTYPES[options[-2]])
+
+
+@fake("mamba2_cuda::linear_rows")
+def _(x, weight, early_weights):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 @fake("mamba2_cuda::add_norm_forward")
 def _(residual, x, weight, eps, dtype):
     residual_out = residual.new_empty(0) if x is None else like(residual, residual)

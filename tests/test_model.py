@@ -82,6 +82,29 @@ def test_a_step_in_the_residual_is_a_step(rmsnorm, bias):
         torch.testing.assert_close(caches[1].ssm, caches[0].ssm)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_a_step_projected_with_the_next_norm_is_a_step(options, monkeypatch):
+    model, tokens, asked = make_model(**options), some_tokens(2, 12), []
+
+    def has_a_norm(mixer, residual):
+        asked.append(mixer.norm is not None)
+        return asked[-1]
+
+    whole = model(tokens)
+    monkeypatch.setattr(Mamba2, "projects_with_next_norm", has_a_norm)
+    torch.testing.assert_close(in_pieces(model, tokens, [7] + [1] * 5), whole)
+    mixers = [b for b in model.backbone.layers if isinstance(b.mixer, Mamba2)]
+    assert len(asked) == 5 * len(mixers)
+    for block in mixers:  # as a module of its own
+        caches = [block.mixer.allocate_cache(2) for _ in range(2)]
+        u = torch.randn(2, 1, 16, dtype=F64)
+        stepped = block(u, Tokens(1), caches[0])
+        monkeypatch.setattr(Mamba2, "projects_with_next_norm", lambda *_: False)
+        torch.testing.assert_close(stepped, block(u, Tokens(1), caches[1]))
+        monkeypatch.setattr(Mamba2, "projects_with_next_norm", has_a_norm)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_cuda_is_the_cpu(options, cuda):
@@ -98,8 +121,11 @@ def test_cuda_is_the_cpu(options, cuda):
 
 
 @pytest.mark.gpu
-def test_half_precision_on_cuda_is_near_fp64(cuda):
-    model, tokens = make_model(), some_tokens(2, 80)
+@pytest.mark.parametrize("rows", [2, 70])  # decoding has kernels for few and for many
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_half_precision_on_cuda_is_near_fp64(options, rows, cuda):
+    model, tokens = make_model(**options), some_tokens(rows, 80)
     exact = model(tokens)
     model.to(cuda, torch.bfloat16)
     for logits in (model(tokens.to(cuda)), in_pieces(model, tokens.to(cuda), [70] + [1] * 10)):

@@ -8,7 +8,7 @@ import torch
 from layers import PRECISION
 
 from mamba2_cuda import reference
-from mamba2_cuda.ops import norm_linear
+from mamba2_cuda.ops import linear_rows, norm_linear
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -124,6 +124,50 @@ def test_a_rows_result_does_not_depend_on_the_others(device):
     for rows in (slice(0, 1), slice(5, 13), slice(20, 40)):
         few = norm_linear(**{**inputs, "x": inputs["x"][rows]})
         assert torch.equal(few, many[rows])
+
+
+# b, d, o
+MANY_ROWS = {
+    "130m": (64, 768, 3352),
+    "two tiles of rows": (65, 136, 40),
+    "more chunks than stages": (5, 1032, 24),
+    "least": (1, 8, 8),
+    "no rows": (0, 64, 16),
+}
+
+
+def check_linear_rows(function, b, d, o, device="cpu"):
+    inputs = make_inputs(Case(b, d, o, x_dtype=BF16), device)
+    x, weight = inputs["x"], inputs["weight"]
+    y, true = function(x, weight, early_weights=True), x.double() @ weight.double().T
+    assert y.dtype == BF16 and torch.equal(function(x, weight, early_weights=False), y)
+    allowed = 1.2 * (true.to(BF16).double() - true).norm()
+    allowed += 4 * PRECISION[F32] * math.sqrt(d) * true.norm()
+    assert (y.double() - true).norm() <= allowed
+    for rows in (slice(0, 1), slice(3, b)):
+        assert torch.equal(function(x[rows], weight, early_weights=False), y[rows])
+
+
+@pytest.mark.parametrize("sizes", MANY_ROWS.values(), ids=MANY_ROWS)
+def test_linear_rows(sizes, device, ops, nan_filled):
+    check_linear_rows(linear_rows, *sizes, device)
+    b, d, o = sizes
+    x, weight = (torch.ones(*s, d, device=device, dtype=BF16) for s in ((b,), (o,)))
+    torch.library.opcheck(ops.linear_rows.default, (x, weight, False))
+
+
+@pytest.mark.parametrize(
+    "x, weight, message",
+    [
+        (torch.ones(3, 8), torch.ones(8, 8), "x must be torch.bfloat16, got torch.float32"),
+        (torch.ones(3, 12, dtype=BF16), torch.ones(8, 12), r"x must be \(b, d a multiple of 8\)"),
+        (torch.ones(3, 8, dtype=BF16), torch.ones(8, 16), r"weight must be \(o, d=8\)"),
+        (torch.ones(3, 8, dtype=BF16), torch.ones(12, 8, dtype=BF16), r"weight must be \(o a mult"),
+    ],
+)
+def test_linear_rows_refusals(x, weight, message):
+    with pytest.raises(RuntimeError, match=f"linear_rows: {message}"):
+        linear_rows(x, weight)
 
 
 @pytest.mark.parametrize(

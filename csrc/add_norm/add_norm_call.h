@@ -19,6 +19,9 @@ ForwardCall prepare_forward(const Tensor& residual, const OptionalTensor& x, con
 ForwardCall prepare_in_place(const Tensor& residual, const OptionalTensor& x, const Tensor& weight,
                              double eps, int64_t dtype);
 
+// Runs what was prepared, on the CPU.
+void forward_on_cpu(const ForwardCall& call);
+
 struct BackwardCall {
   BackwardParams params;
   Tensor d_residual, dx, dweight;  // dx: 0 elements where nothing was added, or as d_residual

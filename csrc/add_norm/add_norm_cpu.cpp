@@ -125,6 +125,8 @@ BackwardResult norm_backward(Tensor dy, OptionalTensor d_residual_out, Tensor re
 
 }  // namespace
 
+void forward_on_cpu(const ForwardCall& call) { run_forward(call.params); }
+
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
   m.impl("add_norm_", TORCH_BOX(&norm_in_place));
   m.impl("add_norm_forward", TORCH_BOX(&norm_forward));

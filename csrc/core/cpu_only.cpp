@@ -21,6 +21,8 @@ constexpr const char* kOperators[] = {
     "conv_scan_norm_backward",
     "mixer_forward",
     "norm_linear",
+    "norm_linear_add_norm_",
+    "linear_rows",
     "add_norm_forward",
     "add_norm_backward",
     "add_norm_",

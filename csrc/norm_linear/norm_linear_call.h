@@ -1,5 +1,6 @@
 // One call of norm_linear, ready to run on any device: the checked arguments, and the output.
 #pragma once
+#include "../add_norm/add_norm_call.h"
 #include "../core/host.h"
 #include "norm_linear.h"
 
@@ -21,5 +22,16 @@ struct Call {
   std::vector<Tensor> kept;  // copies that params point into
 };
 Call prepare(const Arguments& arguments);
+
+// linear_rows.
+Call prepare_linear_rows(const Tensor& x, const Tensor& weight, bool early_weights);
+
+// With a residual, and add_norm without x behind it: norm_linear_add_norm.
+struct CallWithNorm {
+  Call product;
+  add_norm::ForwardCall next;
+};
+CallWithNorm prepare_with_norm(const Arguments& arguments, const Tensor& next_weight,
+                               double next_eps, int64_t dtype);
 
 }  // namespace mamba2::norm_linear

@@ -38,8 +38,7 @@ void norm_row(const Params& params, int64_t row, std::vector<double>& v) {
   }
 }
 
-void run_row(const Params& params, int64_t row, std::vector<double>& v) {
-  norm_row(params, row, v);
+void multiply_row(const Params& params, int64_t row, const std::vector<double>& v) {
   for (int output = 0; output < params.o; ++output) {
     double sum = params.bias ? cpu::load<double>(params.bias, output) : 0;
     for (int i = 0; i < params.d; ++i) {
@@ -51,14 +50,45 @@ void run_row(const Params& params, int64_t row, std::vector<double>& v) {
   }
 }
 
+void run_rows(const Params& params) {
+  cpu::parallel_tasks(
+      params.b, [&] { return std::vector<double>(params.d); },
+      [&](int64_t row, std::vector<double>& v) {
+        norm_row(params, row, v);
+        multiply_row(params, row, v);
+      });
+}
+
 Tensor norm_linear(Tensor x, Tensor norm_weight, OptionalTensor z, Tensor weight,
                    OptionalTensor bias, OptionalTensor residual, double eps, int64_t group_size,
                    bool norm_before_gate, bool early_weights) {
   const Call call = prepare({x, norm_weight, z, weight, bias, residual, eps, group_size,
                              norm_before_gate, early_weights});
+  run_rows(call.params);
+  return call.y;
+}
+
+Tensor norm_linear_add_norm(Tensor residual, Tensor x, Tensor norm_weight, OptionalTensor z,
+                            Tensor weight, OptionalTensor bias, Tensor next_weight, double eps,
+                            int64_t group_size, bool norm_before_gate, double next_eps,
+                            int64_t dtype, bool early_weights) {
+  const auto [product, next] = prepare_with_norm(
+      {x, norm_weight, z, weight, bias, residual, eps, group_size, norm_before_gate, early_weights},
+      next_weight, next_eps, dtype);
+  run_rows(product.params);
+  add_norm::forward_on_cpu(next);
+  return next.y;
+}
+
+Tensor linear_rows(Tensor x, Tensor weight, bool early_weights) {
+  const Call call = prepare_linear_rows(x, weight, early_weights);
+  const Params& params = call.params;
   cpu::parallel_tasks(
-      call.params.b, [&] { return std::vector<double>(call.params.d); },
-      [&](int64_t row, std::vector<double>& v) { run_row(call.params, row, v); });
+      params.b, [&] { return std::vector<double>(params.d); },
+      [&](int64_t row, std::vector<double>& v) {
+        for (int i = 0; i < params.d; ++i) v[i] = element(params.x, params.x_dtype, row, i);
+        multiply_row(params, row, v);
+      });
   return call.y;
 }
 
@@ -66,6 +96,8 @@ Tensor norm_linear(Tensor x, Tensor norm_weight, OptionalTensor z, Tensor weight
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
   m.impl("norm_linear", TORCH_BOX(&norm_linear));
+  m.impl("norm_linear_add_norm_", TORCH_BOX(&norm_linear_add_norm));
+  m.impl("linear_rows", TORCH_BOX(&linear_rows));
 }
 
 }  // namespace mamba2::norm_linear

@@ -5,7 +5,7 @@ from torch import nn
 
 from .mixer import Mamba2
 from .mlp import GatedMLP
-from .norm import RMSNorm
+from .norm import RMSNorm, Unprojected
 
 
 class Block(nn.Module):
@@ -35,25 +35,31 @@ class Block(nn.Module):
         if not torch.is_grad_enabled():
             residual = residual.clone()  # advance writes there
         residual, pending = self.advance(residual, None, tokens, cache)
+        if isinstance(pending, Unprojected):
+            pending = pending.project()
         return residual if pending is None else residual + pending
 
     def advance(self, residual, pending, tokens, cache):
         """forward in few kernels; without gradients in place.
 
         residual (b, l, d_model), in the dtype it is kept in, still lacks `pending`, what the block
-        before adds, or None. Returns the two for the block behind.
+        before adds, or None; for RMSNorm.add. Returns the two for the block behind.
         """
-        if pending is None and self.steps_fast(residual, tokens, cache):
+        step = self.steps(tokens, cache)
+        if pending is None and step and self.mixer.adds_fast(residual[:, 0]):
             self.mixer.add_step(residual[:, 0], self.norm, cache)
         else:
             residual, u = self.norm.add(residual, pending)
-            pending = self.mixer(u, tokens, cache)
+            if step and self.mixer.projects_with_next_norm(residual[:, 0]):
+                pending = self.mixer.step_unprojected(u, cache)
+            else:
+                pending = self.mixer(u, tokens, cache)
         if self.mlp is not None:
             residual, u = self.norm2.add(residual, pending)
             pending = self.mlp(u)
         return residual, pending
 
-    def steps_fast(self, residual, tokens, cache):
-        """Whether this is one token a row that the mixer has its fastest kernels for."""
+    def steps(self, tokens, cache):
+        """Whether this is one token a row of a mixer that may have kernels of its own for that."""
         one = cache is not None and tokens.l == 1 and tokens.real() is None
-        return one and isinstance(self.mixer, Mamba2) and self.mixer.adds_fast(residual[:, 0])
+        return one and isinstance(self.mixer, Mamba2)

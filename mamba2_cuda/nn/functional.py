@@ -6,7 +6,9 @@ from mamba2_cuda.ops import (
     causal_conv1d,
     causal_conv1d_step,
     gated_rmsnorm,
+    linear_rows,
     norm_linear,
+    norm_linear_add_norm_,
     ssd_scan,
     ssd_step,
 )
@@ -20,8 +22,10 @@ __all__ = [
     "causal_conv1d_step",
     "conv_scan_norm",
     "gated_rmsnorm",
+    "linear_rows",
     "mixer",
     "norm_linear",
+    "norm_linear_add_norm_",
     "ssd_scan",
     "ssd_step",
 ]

@@ -20,7 +20,7 @@ from .cache import MixerCache
 from .conv import CausalConv1d
 from .conv_scan_norm import A_of, Options
 from .layout import ProjectionLayout
-from .norm import GatedRMSNorm
+from .norm import GatedRMSNorm, Unprojected
 from .ranks import share_of_state, spread, total
 
 
@@ -139,16 +139,48 @@ class Mamba2(nn.Module):
 
     def adds_fast(self, residual):
         """Whether add_step has fast kernels for these rows."""
+        return len(residual) <= 8 and self.has_step_kernels(residual)
+
+    def step_unprojected(self, u, cache):
+        """forward for one token a row, but for what RMSNorm.add does with the next norm."""
+        if self.multiplies_rows():
+            zxBCdt = functional.linear_rows(u[:, 0], self.in_proj.weight, early_weights=True)
+        else:
+            zxBCdt = self.in_proj(u[:, 0])
+        return Unprojected(*self.scan_step(zxBCdt, cache), self.norm, self.out_proj)
+
+    def multiplies_rows(self):
+        """Whether linear_rows takes in_proj."""
+        weight = self.in_proj.weight
+        return (
+            weight.dtype == torch.bfloat16
+            and is_bare(self.in_proj, torch.bfloat16)
+            and weight.size(0) % 8 == weight.size(1) % 8 == 0
+        )
+
+    def projects_with_next_norm(self, residual):
+        """Whether the operator behind step_unprojected has fast kernels for these rows."""
+        return (
+            8 < len(residual) <= 128
+            and self.has_step_kernels(residual)
+            and self.in_proj.weight.dtype == torch.bfloat16
+            and residual.dtype == torch.float32
+            and self.norm is not None
+            and self.out_proj.bias is None
+        )
+
+    def has_step_kernels(self, residual):
+        """Whether kernels of decoding take these weights, and nothing is in their way."""
         weight, layout = self.in_proj.weight, self.layout
         return (
             weight.is_cuda
             and weight.element_size() == 2
             and self.ranks == 1
-            and len(residual) <= 8
             and residual.size(-1) % 8 == layout.d_inner % 8 == 0
             and self.options.group_size == layout.d_inner
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cuda")
+            and all(is_plain(linear, weight.dtype) for linear in (self.in_proj, self.out_proj))
         )
 
     def whole(self, zxBCdt, cu_seqlens, cache):
@@ -231,12 +263,16 @@ class Mamba2(nn.Module):
 
 def is_bare(linear, dtype):
     """Whether a projection is x weight^T in this dtype, with no bias and nobody listening."""
+    return linear.bias is None and is_plain(linear, dtype)
+
+
+def is_plain(linear, dtype):
+    """Whether a projection is what its weights say, in this dtype, and nobody is listening."""
     weight = linear.weight
     return (
         type(linear) is nn.Linear
         and type(weight) is nn.Parameter
         and weight.dtype == dtype
-        and linear.bias is None
         and not (linear._forward_hooks or linear._forward_pre_hooks)
     )
 

@@ -1,5 +1,7 @@
 """Root mean square norms, with and without a gate."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -23,8 +25,10 @@ class RMSNorm(nn.Module):
         """The sum of residual (b, l, d) and x, where x is not None, and its norm: one kernel.
 
         The norm has the dtype that a linear layer behind it computes in: autocast's, where that is
-        on. Without gradients the sum takes residual's place.
+        on. Without gradients the sum takes residual's place. x may be Unprojected.
         """
+        if isinstance(x, Unprojected):
+            return residual, x.add_and_norm(residual[:, 0], self)[:, None]
         dtype = autocast_dtype(self.weight)
         if torch.is_grad_enabled():
             return functional.add_norm(residual, x, self.weight, eps=self.eps, dtype=dtype)
@@ -43,3 +47,25 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y, z):
         return functional.gated_rmsnorm(y, self.weight, z, **self.options)
+
+
+class Unprojected(NamedTuple):
+    """What a step of a mixer adds to the residual, before its norm and projection: those, the sum
+    and the residual's next norm are one operator."""
+
+    y: torch.Tensor  # (b, channels)
+    z: torch.Tensor  # (b, channels), its gate
+    norm: GatedRMSNorm
+    out_proj: nn.Linear
+
+    def project(self):
+        """As (b, 1, d_model), like what other layers add."""
+        return self.out_proj(self.norm(self.y, self.z))[:, None]
+
+    def add_and_norm(self, residual, norm):
+        """Adds it to residual (b, d_model) in place; returns the sum's norm."""
+        return functional.norm_linear_add_norm_(
+            residual, self.y, self.norm.weight, self.out_proj.weight, self.out_proj.bias,
+            next_weight=norm.weight, z=self.z, next_eps=norm.eps, early_weights=True,
+            **self.norm.options,
+        )  # fmt: skip

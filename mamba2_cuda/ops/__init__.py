@@ -8,7 +8,11 @@ from mamba2_cuda.ops.add_norm import add_norm, add_norm_  # noqa: E402
 from mamba2_cuda.ops.causal_conv1d import causal_conv1d, causal_conv1d_step  # noqa: E402
 from mamba2_cuda.ops.cross_entropy import cross_entropy  # noqa: E402
 from mamba2_cuda.ops.gated_rmsnorm import gated_rmsnorm  # noqa: E402
-from mamba2_cuda.ops.norm_linear import norm_linear  # noqa: E402
+from mamba2_cuda.ops.norm_linear import (  # noqa: E402
+    linear_rows,
+    norm_linear,
+    norm_linear_add_norm_,
+)
 from mamba2_cuda.ops.plan import batch_invariant  # noqa: E402
 from mamba2_cuda.ops.ssd_scan import ssd_scan  # noqa: E402
 from mamba2_cuda.ops.ssd_segment_state import ssd_segment_state  # noqa: E402
@@ -22,7 +26,9 @@ __all__ = [
     "causal_conv1d_step",
     "cross_entropy",
     "gated_rmsnorm",
+    "linear_rows",
     "norm_linear",
+    "norm_linear_add_norm_",
     "ssd_scan",
     "ssd_segment_state",
     "ssd_step",

@@ -2,6 +2,8 @@
 
 import torch
 
+from mamba2_cuda._dtypes import DTYPE_CODE
+
 _ops = torch.ops.mamba2_cuda
 
 
@@ -19,8 +21,8 @@ def norm_linear(
     norm_weight    (d,)     any of these dtypes, as bias (o,)
     weight         (o, d)   any of these dtypes: the normed row is rounded to it
     residual       (b, o)   any of these dtypes, updated in place
-    early_weights           a promise: what was queued just before does not write `weight`. It is
-                            then read while that still runs
+    early_weights           a promise: what was queued just before does not write the weights. They
+                            are then read while that still runs
 
     The norm's options are those of gated_rmsnorm. Arithmetic is fp32 (fp64 for weights of fp64).
     No host synchronisation; bitwise repeatable; a row's result does not depend on the others. Fast
@@ -35,3 +37,46 @@ def norm_linear(
         x.shape[-1] if group_size is None else group_size, norm_before_gate, early_weights,
     )  # fmt: skip
     return y if residual is None else residual
+
+
+def norm_linear_add_norm_(
+    residual, x, norm_weight, weight, bias=None, *, next_weight, z=None, eps=1e-5, group_size=None,
+    norm_before_gate=False, next_eps=1e-5, dtype=None, early_weights=False,
+):  # fmt: skip
+    """What stands between two layers of a decoding step: norm_linear with residual, and add_norm_.
+
+        residual += norm(x, z) weight^T + bias
+        y         = residual / sqrt(mean(residual^2) + next_eps) next_weight
+
+    residual      (b, o)   any of norm_linear's dtypes, updated in place
+    next_weight   (o,)     any of them
+    dtype                  of y: next_weight's if not given
+
+    The rest is norm_linear's. Fast on CUDA for any number of rows in bf16 with an fp32 residual,
+    one group of channels and no bias: x gate(z) norm_weight is then rounded to bf16, and divided by
+    its root mean square behind the product. Right for the rest, where the normed row is rounded.
+
+    Returns y (b, o). Not differentiable.
+
+    Raises RuntimeError when an argument does not fit, as norm_linear and add_norm_ do.
+    """
+    return _ops.norm_linear_add_norm_.default(
+        residual, x, norm_weight, z, weight, bias, next_weight, eps,
+        x.shape[-1] if group_size is None else group_size, norm_before_gate, next_eps,
+        DTYPE_CODE[dtype or next_weight.dtype], early_weights,
+    )  # fmt: skip
+
+
+def linear_rows(x, weight, *, early_weights=False):
+    """y = x weight^T for the rows of a decoding step, more of them than norm_linear is for.
+
+    x        (b, d)  bf16, d a multiple of 8; rows may lie apart
+    weight   (o, d)  bf16, o a multiple of 8
+    early_weights    as in norm_linear
+
+    Arithmetic is fp32. No host synchronisation; bitwise repeatable; a row's result does not depend
+    on the others. Returns y (b, o), bf16. Not differentiable.
+
+    Raises RuntimeError when an argument does not fit, naming it, what it must be and what it is.
+    """
+    return _ops.linear_rows.default(x, weight, early_weights)

@@ -1,8 +1,11 @@
-"""norm_linear's CUDA kernels on the emulated card."""
+"""The CUDA kernels of norm_linear, norm_linear_add_norm_ and linear_rows on the emulated card."""
 
 import pytest
+import test_norm_linear_add_norm as with_norm
 import torch
-from test_norm_linear import CASES, check, make_inputs
+from test_norm_linear import CASES, MANY_ROWS, check, check_linear_rows, make_inputs
+
+from mamba2_cuda._dtypes import DTYPE_CODE
 
 
 def through(ops):
@@ -32,3 +35,43 @@ def test_bits_do_not_depend_on_the_schedule(emulated, timing, blocks):
     first = through(emulated.ops)(**inputs)
     emulated.schedule(seed=11, timing=timing, blocks=blocks)
     assert torch.equal(through(emulated.ops)(**inputs), first)
+
+
+def with_norm_through(ops):
+    def norm_linear_add_norm_(
+        residual, x, norm_weight, weight, bias=None, *, next_weight, z=None, group_size=None,
+        norm_before_gate=False, next_eps=1e-5, early_weights=False,
+    ):  # fmt: skip
+        return ops.norm_linear_add_norm_(
+            residual, x, norm_weight, z, weight, bias, next_weight, 1e-5, group_size or x.size(1),
+            norm_before_gate, next_eps, DTYPE_CODE[next_weight.dtype], early_weights,
+        )  # fmt: skip
+
+    return norm_linear_add_norm_
+
+
+@pytest.mark.parametrize("name", with_norm.CASES)
+def test_values_with_the_next_norm(emulated, name, nan_filled):
+    case = with_norm.CASES[name]
+    with_norm.check(case, with_norm_through(emulated.ops), with_norm.make_more_inputs(case))
+
+
+def test_rows_apart_with_the_next_norm(emulated):
+    with_norm.check_rows_apart(with_norm_through(emulated.ops))
+
+
+@pytest.mark.parametrize("timing, blocks", [("early", 1), ("late", 6)])
+def test_bits_with_the_next_norm_do_not_depend_on_the_schedule(emulated, timing, blocks):
+    run = with_norm_through(emulated.ops)
+    case = with_norm.CASES["more chunks than stages"]
+    first = run(**with_norm.make_more_inputs(case))
+    emulated.schedule(seed=11, timing=timing, blocks=blocks)
+    assert torch.equal(run(**with_norm.make_more_inputs(case)), first)
+
+
+@pytest.mark.parametrize("sizes", MANY_ROWS.values(), ids=MANY_ROWS)
+def test_linear_rows(emulated, sizes, nan_filled):
+    def linear_rows(x, weight, *, early_weights):
+        return emulated.ops.linear_rows(x, weight, early_weights)
+
+    check_linear_rows(linear_rows, *sizes)
