@@ -148,9 +148,14 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
       "norm_linear_add_norm_(Tensor(a!) residual, Tensor x, Tensor norm_weight, Tensor? z, "
       "Tensor weight, Tensor? bias, Tensor next_weight, float eps, int group_size, "
       "bool norm_before_gate, float next_eps, int dtype, bool early_weights) -> Tensor y");
-  // Decode: the projection alone, for more rows: x (b, d), weight (o, d) and y (b, o) of bf16, d
-  // and o multiples of 8.
-  m.def("linear_rows(Tensor x, Tensor weight, bool early_weights) -> Tensor y");
+  // Decode: the projection in front of a convolution, and the convolution's step, for more rows. x
+  // (b, d), weight (o, d) and y (b, o) of bf16, d and o multiples of 8. With a conv_state (b, w -
+  // 1, channels) of bf16, updated in place, outputs conv_first .. conv_first + channels, even
+  // numbers, are convolved with conv_weight (channels, w), conv_bias (channels). early_weights: as
+  // above, and for conv_state too.
+  m.def(
+      "linear_rows(Tensor x, Tensor weight, Tensor(a!)? conv_state, Tensor? conv_weight, "
+      "Tensor? conv_bias, int conv_first, bool silu, bool early_weights) -> Tensor y");
 
   // The residual takes what a layer adds to it, x of its shape (..., d), and is normed for the next
   // layer: residual_out = residual + x, of residual's dtype and absent without x; y is the norm of

@@ -13,6 +13,7 @@ HYBRID = dict(
 )
 OPTIONS = {
     "plain": {},
+    "small heads": dict(ssm_cfg=dict(headdim=4)),  # in_proj's rows are whole vectors
     "groups": dict(ssm_cfg=dict(ngroups=2)),
     "narrow convolution": dict(ssm_cfg=dict(d_conv=2)),
     "D a channel": dict(ssm_cfg=dict(D_has_hdim=True)),
@@ -103,6 +104,20 @@ def test_a_step_projected_with_the_next_norm_is_a_step(options, monkeypatch):
         monkeypatch.setattr(Mamba2, "projects_with_next_norm", lambda *_: False)
         torch.testing.assert_close(stepped, block(u, Tokens(1), caches[1]))
         monkeypatch.setattr(Mamba2, "projects_with_next_norm", has_a_norm)
+
+
+@pytest.mark.parametrize("options", [{}, HYBRID, dict(d_intermediate=5)])
+@torch.no_grad()
+def test_such_a_step_in_half_precision_is_near_fp64(options, monkeypatch):
+    """There in_proj and the convolution are one operator too."""
+    model, tokens = make_model(ssm_cfg=dict(headdim=4), **options), some_tokens(2, 12)
+    exact, asked = model(tokens), []
+    monkeypatch.setattr(Mamba2, "projects_with_next_norm", lambda *_: True)
+    one = Mamba2.convolves_rows
+    monkeypatch.setattr(Mamba2, "convolves_rows", lambda *a: asked.append(one(*a)) or asked[-1])
+    logits = in_pieces(model.to(torch.bfloat16), tokens, [7] + [1] * 5)
+    assert (logits.double() - exact).norm() < 0.03 * exact.norm()
+    assert asked and all(asked)
 
 
 @pytest.mark.gpu

@@ -148,12 +148,87 @@ def check_linear_rows(function, b, d, o, device="cpu"):
         assert torch.equal(function(x[rows], weight, early_weights=False), y[rows])
 
 
+# b, d, o, and of the convolution: width, channels, first, bias, silu
+CONVOLVED = {
+    "130m": (64, 768, 3352, 4, 1792, 1536, True, True),
+    "all outputs": (3, 8, 8, 2, 8, 0, False, False),
+    "across tiles": (66, 16, 104, 3, 70, 18, True, False),
+    "no rows": (0, 64, 16, 4, 6, 2, True, True),
+}
+
+
+def convolution(b, o, width, channels, first, bias, silu, device="cpu"):
+    """Its arguments; between the rows of the state there is NaN."""
+    random = torch.Generator().manual_seed(2)
+    around = torch.full((b, width * channels), math.nan, dtype=BF16)
+    state = around[:, : (width - 1) * channels].unflatten(1, (width - 1, channels))
+    state.copy_(torch.randn(state.shape, generator=random))
+    weight = torch.randn(channels, width, generator=random)
+    return dict(
+        conv_state=around.to(device)[:, : (width - 1) * channels].unflatten(1, state.shape[1:]),
+        conv_weight=weight.to(device, BF16),
+        conv_bias=torch.randn(channels, generator=random).to(device) if bias else None,
+        conv_first=first,
+        silu=silu,
+    )
+
+
+def check_convolved(function, b, d, o, *sizes, device="cpu"):
+    inputs = make_inputs(Case(b, d, o, x_dtype=BF16), device)
+    x, weight, conv = inputs["x"], inputs["weight"], convolution(b, o, *sizes, device=device)
+    before = conv["conv_state"].clone()
+    y, product = function(x, weight, **conv, early_weights=True), function(x, weight)
+    first, end = sizes[2], sizes[1] + sizes[2]
+    assert torch.equal(y[:, :first], product[:, :first])
+    assert torch.equal(y[:, end:], product[:, end:])
+    seen = torch.cat([before, product[:, None, first:end]], 1)
+    assert torch.equal(conv["conv_state"], seen[:, 1:])
+    true = (seen.double() * conv["conv_weight"].double().T).sum(1)
+    true = true + (0 if conv["conv_bias"] is None else conv["conv_bias"].double())
+    true = torch.nn.functional.silu(true) if conv["silu"] else true
+    allowed = 1.2 * (true.to(BF16).double() - true).norm() + 8 * PRECISION[F32] * true.norm()
+    assert (y[:, first:end].double() - true).norm() <= allowed
+    conv["conv_state"].copy_(before)
+    assert torch.equal(function(x, weight, **conv), y), "repeated"
+    assert conv["conv_state"]._base is None or b == 0 or conv["conv_state"]._base.isnan().any()
+
+
 @pytest.mark.parametrize("sizes", MANY_ROWS.values(), ids=MANY_ROWS)
 def test_linear_rows(sizes, device, ops, nan_filled):
     check_linear_rows(linear_rows, *sizes, device)
     b, d, o = sizes
     x, weight = (torch.ones(*s, d, device=device, dtype=BF16) for s in ((b,), (o,)))
-    torch.library.opcheck(ops.linear_rows.default, (x, weight, False))
+    arguments = (x, weight, None, None, None, 0, False, False)
+    torch.library.opcheck(ops.linear_rows.default, arguments)
+
+
+@pytest.mark.parametrize("sizes", CONVOLVED.values(), ids=CONVOLVED)
+def test_linear_rows_and_a_convolution(sizes, device, nan_filled):
+    check_convolved(linear_rows, *sizes, device=device)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(conv_weight=None), "conv_weight must be given with conv_state, got nothing"),
+        (dict(conv_weight=torch.ones(6, 5)), r"conv_weight's w must be in 2\.\.4, got 5"),
+        (dict(conv_first=3), r"conv_first and channels must be even, and within o=16, got 3 and 6"),
+        (dict(conv_first=12), r".*and within o=16, got 12 and 6"),
+        (dict(conv_first=-2), r".*and within o=16, got -2 and 6"),
+        (dict(conv_bias=torch.ones(5)), r"conv_bias must be \(channels=6,\)"),
+        (dict(conv_state=torch.ones(3, 2, 6, dtype=BF16)), r"conv_state must be \(b=3, w - 1=3"),
+        (dict(conv_state=torch.ones(3, 3, 6)), "conv_state must be torch.bfloat16"),
+        (
+            dict(conv_state=torch.ones(3, 6, 3, dtype=BF16).mT),
+            "conv_state must be contiguous within a row",
+        ),
+    ],
+)
+def test_linear_rows_refuses_convolutions(change, message):
+    x, weight = torch.ones(3, 8, dtype=BF16), torch.ones(16, 8, dtype=BF16)
+    conv = convolution(3, 16, 4, 6, 2, True, True) | change
+    with pytest.raises(RuntimeError, match=f"linear_rows: {message}"):
+        linear_rows(x, weight, **conv)
 
 
 @pytest.mark.parametrize(

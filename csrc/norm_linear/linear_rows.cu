@@ -1,11 +1,13 @@
-// linear_rows on tensor cores (see linear_rows.h for the equation). A block has 64 rows and 32
+// linear_rows on tensor cores (see linear_rows.h for the equations). A block has 64 rows and 32
 // outputs, all channels of them: 128 at a time, through a ring of 6. Grid: (outputs / 32, 1, rows /
 // 64). Shared memory: 6 x 24 KB. Bound by the latency of one trip to memory, and by every block's
-// reading all of its rows.
+// reading all of its rows. A thread has pairs of outputs; those that are channels wait for their
+// product with the taps and the inputs before in registers.
 // bf16; d and o multiples of 8, rows aligned to 16 bytes. Deterministic; a row's result does not
 // depend on the others.
 #include "linear_rows.h"
 
+#include "../core/activations.cuh"
 #include "../core/launch.h"
 #include "row_product.cuh"
 
@@ -20,18 +22,74 @@ struct Stage {
   tile::SharedTile<T, kRows, kChunk> x;
 };
 
+// A thread's outputs that are channels: their taps, and what the convolution has seen of the rows.
+template <int kWidth>
+struct Channels {
+  static constexpr int kPairs = WarpSums<kOutputs>::kPairs;  // of neighbouring outputs
+  static constexpr int kBefore = kWidth > 0 ? kWidth - 1 : 0;
+  float weight[kPairs][2][kWidth > 0 ? kWidth : 1], bias[kPairs][2];
+  Packed<T, 2> before[kPairs][kBefore > 0 ? kBefore : 1];
+  static MAMBA2_DEVICE bool has(const ConvStep& conv, int output) {
+    return kWidth > 0 && output >= conv.first && output < conv.first + conv.d;
+  }
+  static MAMBA2_DEVICE T* state(const ConvStep& conv, int64_t row, int k, int output) {
+    T* g_state = static_cast<T*>(conv.state) + row * conv.state_stride;
+    return g_state + int64_t(k) * conv.d + output - conv.first;
+  }
+
+  MAMBA2_DEVICE void load(const ConvStep& conv, const Part& part) {
+    if constexpr (kWidth == 0) return;
+    WarpSums<kOutputs>::for_places([&](int i, int row, int output) {
+      const int at = part.first_output + output, channel = at - conv.first;
+      if (row >= part.rows || !has(conv, at)) return;
+      MAMBA2_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        load_any(conv.weight, int64_t(channel + c) * kWidth, weight[i][c]);
+        bias[i][c] = conv.bias ? mamba2::load<float>(conv.bias, channel + c) : 0.f;
+      }
+      MAMBA2_UNROLL
+      for (int k = 0; k < kBefore; ++k) before[i][k].load(state(conv, part.first_row + row, k, at));
+    });
+  }
+  // The convolution of pair i's newest inputs, which become part of the state.
+  MAMBA2_DEVICE Packed<T, 2> step(const ConvStep& conv, int i, int64_t row, int output,
+                                  const Packed<T, 2>& newest) {
+    float sums[2], x[2];
+    newest.unpack(x);
+    MAMBA2_UNROLL
+    for (int c = 0; c < 2; ++c) sums[c] = bias[i][c] + weight[i][c][kBefore] * x[c];
+    MAMBA2_UNROLL
+    for (int k = 0; k < kBefore; ++k) {
+      before[i][k].unpack(x);
+      MAMBA2_UNROLL
+      for (int c = 0; c < 2; ++c) sums[c] += weight[i][c][k] * x[c];
+      const Packed<T, 2>& after = k + 1 < kBefore ? before[i][k + 1] : newest;
+      after.store(state(conv, row, k, output));
+    }
+    MAMBA2_UNROLL
+    for (float& sum : sums) sum = conv.silu ? fast::silu(sum) : sum;
+    Packed<T, 2> y;
+    y.pack(sums);
+    return y;
+  }
+};
+
+template <int kWidth>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
-    linear_rows(MAMBA2_GRID_CONSTANT const Params params) {
+    linear_rows(MAMBA2_GRID_CONSTANT const Params params,
+                MAMBA2_GRID_CONSTANT const ConvStep conv) {
   Stage* s_stages = static_cast<Stage*>(ptx::dynamic_smem());  // (kStages)
   const Part part(params, kOutputs, 0, params.d);
   const int chunks = part.chunks(kChunk);
-  ptx::griddepcontrol_launch_dependents();
   if (!params.early_weights) ptx::griddepcontrol_wait();
   MAMBA2_UNROLL
   for (int c = 0; c < kStages; ++c) {
     if (c < chunks) part.request_weight(params, c * kChunk, s_stages[c].weight);
   }
+  Channels<kWidth> channels;
+  channels.load(conv, part);
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   MAMBA2_UNROLL
   for (int c = 0; c < kStages; ++c) {
     if (c < chunks) part.request_rows(params.x, c * kChunk, s_stages[c].x);
@@ -53,24 +111,29 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     ptx::cp_async_commit_group();
   }
   T* g_out = static_cast<T*>(params.out.ptr);
-  warp.for_pairs([&](int row, int output, float2 sums) {
+  WarpSums<kOutputs>::for_places([&](int i, int row, int output) {
     const int at = part.first_output + output;
     if (row >= part.rows || at >= params.o) return;
-    const uint32_t pair = pack2<T>(sums.x, sums.y);
-    *reinterpret_cast<uint32_t*>(g_out + (part.first_row + row) * params.out.stride + at) = pair;
+    Packed<T, 2> y;
+    y.pack(warp.pair(i));
+    if (channels.has(conv, at)) y = channels.step(conv, i, part.first_row + row, at, y);
+    y.store(g_out + (part.first_row + row) * params.out.stride + at);
   });
 }
 
 }  // namespace
 
-int run_linear_rows(const Params& params, void* stream) {
+int run_linear_rows(const Params& params, const ConvStep& conv, void* stream) {
   LaunchShape at;
   at.grid = dim3(static_cast<unsigned>(ceil_div(params.o, kOutputs)), 1,
                  static_cast<unsigned>(ceil_div(params.b, int64_t{kRows})));
   at.threads = kThreads;
   at.smem_bytes = sizeof(Stage) * kStages;
   at.programmatic = true;
-  return launch(linear_rows, at, stream, params);
+  if (conv.w == 0) return launch(linear_rows<0>, at, stream, params, conv);
+  if (conv.w == 2) return launch(linear_rows<2>, at, stream, params, conv);
+  if (conv.w == 3) return launch(linear_rows<3>, at, stream, params, conv);
+  return launch(linear_rows<4>, at, stream, params, conv);
 }
 
 }  // namespace mamba2::norm_linear

@@ -1,11 +1,20 @@
-// linear_rows: a projection of the rows of a decoding step, y = x weight^T, whose weights are on
-// their way before the rows are made. Of Params it takes b, d, o, x, weight, out, early_weights.
+// linear_rows: in_proj of the rows of a decoding step, y = x weight^T, and the convolution's step
+// (causal_conv1d.h) of those outputs that are its channels, in their place.
 #pragma once
 #include "norm_linear.h"
 
 namespace mamba2::norm_linear {
 
-// Returns a cudaError_t as int.
-int run_linear_rows(const Params&, void* stream);
+struct ConvStep {
+  int first = 0, d = 0, w = 0;  // outputs first .. first + d are channels; w 0: no convolution
+  void* state = nullptr;        // (b, w - 1, d) bf16, (w - 1, d) contiguous, updated
+  int64_t state_stride = 0;     // elements from row to row
+  AnyFloat weight, bias;        // (d, w), (d) optional
+  bool silu = false;
+};
+
+// Of Params it takes b, d, o, x, weight, out and early_weights, which is for the convolution's
+// weights and state too. Returns a cudaError_t as int.
+int run_linear_rows(const Params&, const ConvStep&, void* stream);
 
 }  // namespace mamba2::norm_linear

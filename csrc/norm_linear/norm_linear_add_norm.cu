@@ -120,7 +120,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
     part.request_rows(params.x, c * kChunk, stage.x);
     if (params.z.ptr) part.request_rows(params.z, c * kChunk, stage.z);
   };
-  ptx::griddepcontrol_launch_dependents();
   if (!params.early_weights) ptx::griddepcontrol_wait();
   MAMBA2_UNROLL
   for (int c = 0; c < kStages; ++c) {
@@ -129,6 +128,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
   float norm_weight[kVec] = {};
   load_norm_weight(params, part.first_k + OwnVectors::column(), norm_weight);
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   MAMBA2_UNROLL
   for (int c = 0; c < kStages; ++c) {
     if (c < chunks) request_rows(c, s_stages[c]);
@@ -153,9 +153,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
     ptx::cp_async_commit_group();
   }
   float* g_products = parts.products + (slice * params.b + part.first_row) * params.o;
-  warp.for_pairs([&](int row, int output, float2 sums) {
+  WarpSums<kOutputs>::for_places([&](int i, int row, int output) {
     const int at = part.first_output + output;
     if (row >= part.rows || at >= params.o) return;
+    const float2 sums{warp.pair(i)[0], warp.pair(i)[1]};
     *reinterpret_cast<float2*>(g_products + int64_t(row) * params.o + at) = sums;
   });
   store_squares(part, squares, parts.squares + slice * params.b);

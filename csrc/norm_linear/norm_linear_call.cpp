@@ -81,34 +81,6 @@ Call prepare(const Arguments& a) {
   return call;
 }
 
-Call prepare_linear_rows(const Tensor& x, const Tensor& weight, bool early_weights) {
-  const ArgumentCheck check("linear_rows", x);
-  check.dtype("x", x, {ScalarType::BFloat16});
-  check.shape("x", x, {{"b"}, {"d"}});
-  const int64_t b = x.size(0), d = x.size(1);
-  const bool d_fits = d >= 8 && d % 8 == 0 && d < 1 << 30;
-  if (!d_fits) check.that(false, "x", "(b, d a multiple of 8)", describe_sizes(x));
-  check.shape("weight", weight, {{"o"}, {"d", d}});
-  check.dtype("weight", weight, {ScalarType::BFloat16});
-  check.device("weight", weight);
-  const int64_t o = weight.size(0);
-  const bool o_fits = o >= 8 && o % 8 == 0 && o < 1 << 30;
-  if (!o_fits) check.that(false, "weight", "(o a multiple of 8, d)", describe_sizes(weight));
-  Call call;
-  Params& params = call.params;
-  call.kept.reserve(2);
-  params.b = b;
-  params.d = static_cast<int>(d);
-  params.o = static_cast<int>(o);
-  params.x_dtype = params.dtype = params.out_dtype = DType::bf16;
-  params.x = matrix(call.kept, readable(x));
-  params.weight = keep(call.kept, compact(weight)).const_data_ptr();
-  call.y = allocate(Sizes{b, o}, params.dtype, x);
-  params.out = {call.y.mutable_data_ptr(), o};
-  params.early_weights = early_weights && params.weight == weight.const_data_ptr();
-  return call;
-}
-
 CallWithNorm prepare_with_norm(const Arguments& a, const Tensor& next_weight, double next_eps,
                                int64_t dtype) {
   return {prepare(a),

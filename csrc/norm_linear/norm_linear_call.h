@@ -2,6 +2,7 @@
 #pragma once
 #include "../add_norm/add_norm_call.h"
 #include "../core/host.h"
+#include "linear_rows.h"
 #include "norm_linear.h"
 
 namespace mamba2::norm_linear {
@@ -23,8 +24,19 @@ struct Call {
 };
 Call prepare(const Arguments& arguments);
 
-// linear_rows.
-Call prepare_linear_rows(const Tensor& x, const Tensor& weight, bool early_weights);
+struct RowsArguments {
+  Tensor x, weight;
+  OptionalTensor conv_state, conv_weight, conv_bias;
+  int64_t conv_first = 0;
+  bool silu = false, early_weights = false;
+};
+struct RowsCall {
+  Params params;
+  ConvStep conv;
+  Tensor y;
+  std::vector<Tensor> kept;
+};
+RowsCall prepare_rows(const RowsArguments& arguments);
 
 // With a residual, and add_norm without x behind it: norm_linear_add_norm.
 struct CallWithNorm {

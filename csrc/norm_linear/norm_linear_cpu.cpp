@@ -80,14 +80,35 @@ Tensor norm_linear_add_norm(Tensor residual, Tensor x, Tensor norm_weight, Optio
   return next.y;
 }
 
-Tensor linear_rows(Tensor x, Tensor weight, bool early_weights) {
-  const Call call = prepare_linear_rows(x, weight, early_weights);
+// The convolution's step of row `row`, in the place of its product.
+void convolve_row(const Params& params, const ConvStep& conv, int64_t row) {
+  for (int i = 0; i < conv.d; ++i) {
+    const int64_t at = row * params.out.stride + conv.first + i;
+    double newest = cpu::load<double>(DType::bf16, params.out.ptr, at);
+    double sum = conv.bias ? cpu::load<double>(conv.bias, i) : 0;
+    sum += cpu::load<double>(conv.weight, int64_t(i) * conv.w + conv.w - 1) * newest;
+    for (int k = conv.w - 2; k >= 0; --k) {  // each input moves one place up
+      const int64_t state_at = row * conv.state_stride + int64_t(k) * conv.d + i;
+      const double input = cpu::load<double>(DType::bf16, conv.state, state_at);
+      sum += cpu::load<double>(conv.weight, int64_t(i) * conv.w + k) * input;
+      cpu::store(DType::bf16, conv.state, state_at, newest);
+      newest = input;
+    }
+    cpu::store(DType::bf16, params.out.ptr, at, conv.silu ? ssd::silu(sum) : sum);
+  }
+}
+
+Tensor linear_rows(Tensor x, Tensor weight, OptionalTensor conv_state, OptionalTensor conv_weight,
+                   OptionalTensor conv_bias, int64_t conv_first, bool silu, bool early_weights) {
+  const RowsCall call = prepare_rows(
+      {x, weight, conv_state, conv_weight, conv_bias, conv_first, silu, early_weights});
   const Params& params = call.params;
   cpu::parallel_tasks(
       params.b, [&] { return std::vector<double>(params.d); },
       [&](int64_t row, std::vector<double>& v) {
         for (int i = 0; i < params.d; ++i) v[i] = element(params.x, params.x_dtype, row, i);
         multiply_row(params, row, v);
+        convolve_row(params, call.conv, row);
       });
   return call.y;
 }

@@ -2,7 +2,6 @@
 // for CPU tensors, in a namespace of its own.
 #include "../core/device.h"
 #include "../core/nvtx.h"
-#include "linear_rows.h"
 #include "norm_linear_add_norm.h"
 #include "norm_linear_call.h"
 
@@ -45,11 +44,13 @@ Tensor norm_linear_add_norm(Tensor residual, Tensor x, Tensor norm_weight, Optio
   return next.y;
 }
 
-Tensor linear_rows(Tensor x, Tensor weight, bool early_weights) {
+Tensor linear_rows(Tensor x, Tensor weight, OptionalTensor conv_state, OptionalTensor conv_weight,
+                   OptionalTensor conv_bias, int64_t conv_first, bool silu, bool early_weights) {
   const Range range("linear_rows");
-  const Call call = prepare_linear_rows(x, weight, early_weights);
+  const RowsCall call = prepare_rows(
+      {x, weight, conv_state, conv_weight, conv_bias, conv_first, silu, early_weights});
   const OnDevice at(x);
-  at.check_launch("linear_rows", run_linear_rows(call.params, at.stream()));
+  at.check_launch("linear_rows", run_linear_rows(call.params, call.conv, at.stream()));
   return call.y;
 }
 

@@ -68,17 +68,19 @@ struct WarpSums {
       }
     }
   }
-  // f(row, output, sums of it and the next), counted in the block's.
+  // A thread's sums are those of kPairs pairs of neighbouring outputs: f(i, row, output) of pair i,
+  // counted in the block's.
+  static constexpr int kPairs = 2 * kTiles;
   template <class F>
-  MAMBA2_DEVICE void for_pairs(F f) const {
+  static MAMBA2_DEVICE void for_places(F f) {
+    const WarpSums at;
     MAMBA2_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      MAMBA2_UNROLL
-      for (int i = 0; i < kTiles; ++i) {
-        f(row + half * 8 + tile::fragment_row(), output + i * 8 + tile::fragment_col(),
-          float2{sums[i][2 * half], sums[i][2 * half + 1]});
-      }
+    for (int i = 0; i < kPairs; ++i) {
+      f(i, at.row + i % 2 * 8 + tile::fragment_row(), at.output + i / 2 * 8 + tile::fragment_col());
     }
+  }
+  MAMBA2_DEVICE const float (&pair(int i) const)[2] {
+    return reinterpret_cast<const float (&)[2]>(sums[i / 2][i % 2 * 2]);
   }
 };
 

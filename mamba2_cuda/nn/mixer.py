@@ -143,19 +143,28 @@ class Mamba2(nn.Module):
 
     def step_unprojected(self, u, cache):
         """forward for one token a row, but for what RMSNorm.add does with the next norm."""
-        if self.multiplies_rows():
-            zxBCdt = functional.linear_rows(u[:, 0], self.in_proj.weight, early_weights=True)
+        if self.convolves_rows(cache):
+            conv = self.conv1d
+            zxBCdt = functional.linear_rows(
+                u[:, 0], self.in_proj.weight, conv_state=cache.conv, conv_weight=conv.weight[:, 0],
+                conv_bias=conv.bias, conv_first=self.layout.d_inner, silu=conv.silu,
+                early_weights=True,
+            )  # fmt: skip
+            z, xBC, dt = self.layout.split(zxBCdt)
         else:
-            zxBCdt = self.in_proj(u[:, 0])
-        return Unprojected(*self.scan_step(zxBCdt, cache), self.norm, self.out_proj)
+            z, xBC, dt = self.layout.split(self.in_proj(u[:, 0]))
+            xBC = self.conv1d.step(xBC, cache.conv)
+        y = self.scan_convolved(z, xBC, dt, cache)
+        return Unprojected(y, z, self.norm, self.out_proj)
 
-    def multiplies_rows(self):
-        """Whether linear_rows takes in_proj."""
-        weight = self.in_proj.weight
+    def convolves_rows(self, cache):
+        """Whether linear_rows takes in_proj and the convolution."""
+        weight, layout = self.in_proj.weight, self.layout
         return (
-            weight.dtype == torch.bfloat16
+            weight.dtype == cache.conv.dtype == torch.bfloat16
             and is_bare(self.in_proj, torch.bfloat16)
             and weight.size(0) % 8 == weight.size(1) % 8 == 0
+            and layout.d_inner % 2 == layout.conv_channels % 2 == 0
         )
 
     def projects_with_next_norm(self, residual):
@@ -217,11 +226,14 @@ class Mamba2(nn.Module):
     def scan_step(self, zxBCdt, cache):
         """What is to be normed, and its gate: y (b, h p) and z."""
         z, xBC, dt = self.layout.split(zxBCdt)
-        x, B, C = self.layout.split_conv(self.conv1d.step(xBC, cache.conv))
+        return self.scan_convolved(z, self.conv1d.step(xBC, cache.conv), dt, cache), z
+
+    def scan_convolved(self, z, xBC, dt, cache):
+        x, B, C = self.layout.split_conv(xBC)
         y = functional.ssd_step(
             cache.ssm, x, dt, cache.A, B, C, early_state=True, **self.scan_options(z)
         )  # what is queued just before is the convolution
-        return y.flatten(-2), z
+        return y.flatten(-2)
 
     def A(self):
         return A_of(self.A_log)

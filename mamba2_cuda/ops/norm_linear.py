@@ -67,16 +67,32 @@ def norm_linear_add_norm_(
     )  # fmt: skip
 
 
-def linear_rows(x, weight, *, early_weights=False):
-    """y = x weight^T for the rows of a decoding step, more of them than norm_linear is for.
+def linear_rows(
+    x, weight, *, conv_state=None, conv_weight=None, conv_bias=None, conv_first=0, silu=True,
+    early_weights=False,
+):  # fmt: skip
+    """A projection of the rows of a decoding step, more of them than norm_linear is for, and
+    causal_conv1d_step of those outputs that are channels of a convolution, in their place.
 
-    x        (b, d)  bf16, d a multiple of 8; rows may lie apart
-    weight   (o, d)  bf16, o a multiple of 8
-    early_weights    as in norm_linear
+        y = x weight^T;  with conv_state  y_i = act(bias + sum_k conv_weight_k before_k)
 
-    Arithmetic is fp32. No host synchronisation; bitwise repeatable; a row's result does not depend
-    on the others. Returns y (b, o), bf16. Not differentiable.
+    Sizes: b rows, d channels and o outputs, multiples of 8; c channels of the convolution, w its
+    width, 2 to 4.
+
+    x              (b, d)         bf16; rows may lie apart
+    weight         (o, d)         bf16
+    conv_state     (b, w - 1, c)  bf16, contiguous within a row, updated in place; or None
+    conv_weight    (c, w)         fp64, fp32, bf16 or fp16, as conv_bias (c,), which is optional
+    conv_first                    the outputs conv_first .. conv_first + c are the channels; both
+                                  even
+    early_weights                 as in norm_linear, a promise for conv_state too
+
+    Arithmetic is fp32; the product is rounded before it is convolved. No host synchronisation;
+    bitwise repeatable; a row's result does not depend on the others. Returns y (b, o), bf16. Not
+    differentiable.
 
     Raises RuntimeError when an argument does not fit, naming it, what it must be and what it is.
     """
-    return _ops.linear_rows.default(x, weight, early_weights)
+    return _ops.linear_rows.default(
+        x, weight, conv_state, conv_weight, conv_bias, conv_first, silu, early_weights
+    )

@@ -3,7 +3,15 @@
 import pytest
 import test_norm_linear_add_norm as with_norm
 import torch
-from test_norm_linear import CASES, MANY_ROWS, check, check_linear_rows, make_inputs
+from test_norm_linear import (
+    CASES,
+    CONVOLVED,
+    MANY_ROWS,
+    check,
+    check_convolved,
+    check_linear_rows,
+    make_inputs,
+)
 
 from mamba2_cuda._dtypes import DTYPE_CODE
 
@@ -69,9 +77,22 @@ def test_bits_with_the_next_norm_do_not_depend_on_the_schedule(emulated, timing,
     assert torch.equal(run(**with_norm.make_more_inputs(case)), first)
 
 
+def linear_rows_through(ops):
+    def linear_rows(
+        x, weight, *, conv_state=None, conv_weight=None, conv_bias=None, conv_first=0, silu=True,
+        early_weights=False,
+    ):  # fmt: skip
+        conv = (conv_state, conv_weight, conv_bias, conv_first, silu)
+        return ops.linear_rows(x, weight, *conv, early_weights)
+
+    return linear_rows
+
+
 @pytest.mark.parametrize("sizes", MANY_ROWS.values(), ids=MANY_ROWS)
 def test_linear_rows(emulated, sizes, nan_filled):
-    def linear_rows(x, weight, *, early_weights):
-        return emulated.ops.linear_rows(x, weight, early_weights)
+    check_linear_rows(linear_rows_through(emulated.ops), *sizes)
 
-    check_linear_rows(linear_rows, *sizes)
+
+@pytest.mark.parametrize("sizes", CONVOLVED.values(), ids=CONVOLVED)
+def test_linear_rows_and_a_convolution(emulated, sizes, nan_filled):
+    check_convolved(linear_rows_through(emulated.ops), *sizes)
