@@ -151,8 +151,8 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
   // Decode: the projection in front of a convolution, and the convolution's step, for more rows. x
   // (b, d), weight (o, d) and y (b, o) of bf16, d and o multiples of 8. With a conv_state (b, w -
   // 1, channels) of bf16, updated in place, outputs conv_first .. conv_first + channels, even
-  // numbers, are convolved with conv_weight (channels, w), conv_bias (channels). early_weights: as
-  // above, and for conv_state too.
+  // numbers, are convolved with conv_weight (channels, w), conv_bias (channels) of bf16.
+  // early_weights: as above, and for conv_state too.
   m.def(
       "linear_rows(Tensor x, Tensor weight, Tensor(a!)? conv_state, Tensor? conv_weight, "
       "Tensor? conv_bias, int conv_first, bool silu, bool early_weights) -> Tensor y");

@@ -25,6 +25,7 @@ class Case:
     residual: torch.dtype | None = None
     group_size: int | None = None
     norm_before_gate: bool = False
+    norm_weight: torch.dtype = F32
 
 
 # The layers of small models, and what else the tensor-core kernel takes; then what any takes.
@@ -60,7 +61,7 @@ def make_inputs(case, device="cpu"):
     b, d, o = case.b, case.d, case.o
     inputs = {
         "x": normal(b, d, dtype=case.x_dtype, wide=16),
-        "norm_weight": normal(d, dtype=F32),
+        "norm_weight": normal(d, dtype=case.norm_weight),
         "weight": normal(o, d, dtype=case.dtype),
     }
     if case.z:
@@ -167,7 +168,7 @@ def convolution(b, o, width, channels, first, bias, silu, device="cpu"):
     return dict(
         conv_state=around.to(device)[:, : (width - 1) * channels].unflatten(1, state.shape[1:]),
         conv_weight=weight.to(device, BF16),
-        conv_bias=torch.randn(channels, generator=random).to(device) if bias else None,
+        conv_bias=torch.randn(channels, generator=random).to(device, BF16) if bias else None,
         conv_first=first,
         silu=silu,
     )
@@ -211,10 +212,14 @@ def test_linear_rows_and_a_convolution(sizes, device, nan_filled):
     "change, message",
     [
         (dict(conv_weight=None), "conv_weight must be given with conv_state, got nothing"),
-        (dict(conv_weight=torch.ones(6, 5)), r"conv_weight's w must be in 2\.\.4, got 5"),
+        (
+            dict(conv_weight=torch.ones(6, 5, dtype=BF16)),
+            r"conv_weight's w must be in 2\.\.4, got 5",
+        ),
         (dict(conv_first=3), r"conv_first and channels must be even, and within o=16, got 3 and 6"),
         (dict(conv_first=12), r".*and within o=16, got 12 and 6"),
         (dict(conv_first=-2), r".*and within o=16, got -2 and 6"),
+        (dict(conv_weight=torch.ones(6, 4)), "conv_weight must be torch.bfloat16"),
         (dict(conv_bias=torch.ones(5)), r"conv_bias must be \(channels=6,\)"),
         (dict(conv_state=torch.ones(3, 2, 6, dtype=BF16)), r"conv_state must be \(b=3, w - 1=3"),
         (dict(conv_state=torch.ones(3, 3, 6)), "conv_state must be torch.bfloat16"),

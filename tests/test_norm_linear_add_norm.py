@@ -15,20 +15,22 @@ from mamba2_cuda.ops import norm_linear_add_norm_
 NEXT_EPS = 1e-3
 
 # What the kernels for many rows take; then what norm_linear and add_norm_ take one by one.
+FAST = dict(x_dtype=BF16, residual=F32, norm_weight=BF16)
 CASES = {
-    "130m": Case(64, 1536, 768, x_dtype=BF16, z=True, residual=F32),
-    "gate outside": Case(9, 256, 80, x_dtype=BF16, z=True, residual=F32, norm_before_gate=True),
-    "no gate, 2 tiles of rows": Case(70, 136, 64, x_dtype=BF16, residual=F32),
-    "more chunks than stages": Case(3, 2632, 68, x_dtype=BF16, z=True, residual=F32),
-    "one row, 2 slabs": Case(1, 64, 4104, x_dtype=BF16, z=True, residual=F32),
-    "bias": Case(10, 64, 16, x_dtype=BF16, residual=F32, bias=True),
+    "130m": Case(64, 1536, 768, z=True, **FAST),
+    "gate outside": Case(9, 256, 80, z=True, norm_before_gate=True, **FAST),
+    "no gate, 2 tiles of rows": Case(70, 136, 64, **FAST),
+    "more chunks than stages": Case(3, 2632, 68, z=True, **FAST),
+    "one row, 2 slabs": Case(1, 64, 4104, z=True, **FAST),
+    "fp32 norm weight": Case(10, 64, 16, x_dtype=BF16, residual=F32),
+    "bias": Case(10, 64, 16, bias=True, **FAST),
     "fp32 row": Case(10, 64, 16, residual=F32),
     "fp16": Case(10, 64, 16, F16, F16, z=True, residual=F32),
-    "groups": Case(10, 96, 72, x_dtype=BF16, z=True, residual=F32, group_size=32),
+    "groups": Case(10, 96, 72, z=True, group_size=32, **FAST),
     "residual in bf16": Case(10, 64, 16, x_dtype=BF16, residual=BF16),
-    "odd": Case(10, 45, 17, x_dtype=BF16, residual=F32),
+    "odd": Case(10, 45, 17, **FAST),
     "fp64": Case(3, 50, 20, F64, F64, z=True, residual=F64),
-    "no rows": Case(0, 64, 16, x_dtype=BF16, residual=F32),
+    "no rows": Case(0, 64, 16, **FAST),
 }
 
 

@@ -27,8 +27,9 @@ template <int kWidth>
 struct Channels {
   static constexpr int kPairs = WarpSums<kOutputs>::kPairs;  // of neighbouring outputs
   static constexpr int kBefore = kWidth > 0 ? kWidth - 1 : 0;
-  float weight[kPairs][2][kWidth > 0 ? kWidth : 1], bias[kPairs][2];
-  Packed<T, 2> before[kPairs][kBefore > 0 ? kBefore : 1];
+  // As they lie in memory: nothing waits for them before the product is done.
+  Packed<T, 2> weight[kPairs][kWidth > 0 ? kWidth : 1];  // 2 kWidth taps: of one, then the other
+  Packed<T, 2> bias[kPairs], before[kPairs][kBefore > 0 ? kBefore : 1];
   static MAMBA2_DEVICE bool has(const ConvStep& conv, int output) {
     return kWidth > 0 && output >= conv.first && output < conv.first + conv.d;
   }
@@ -42,11 +43,11 @@ struct Channels {
     WarpSums<kOutputs>::for_places([&](int i, int row, int output) {
       const int at = part.first_output + output, channel = at - conv.first;
       if (row >= part.rows || !has(conv, at)) return;
+      const T* g_weight = static_cast<const T*>(conv.weight) + int64_t(channel) * kWidth;
       MAMBA2_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        load_any(conv.weight, int64_t(channel + c) * kWidth, weight[i][c]);
-        bias[i][c] = conv.bias ? mamba2::load<float>(conv.bias, channel + c) : 0.f;
-      }
+      for (int k = 0; k < kWidth; ++k) weight[i][k].load(g_weight + 2 * k);
+      bias[i].zero();
+      if (conv.bias) bias[i].load(static_cast<const T*>(conv.bias) + channel);
       MAMBA2_UNROLL
       for (int k = 0; k < kBefore; ++k) before[i][k].load(state(conv, part.first_row + row, k, at));
     });
@@ -54,15 +55,21 @@ struct Channels {
   // The convolution of pair i's newest inputs, which become part of the state.
   MAMBA2_DEVICE Packed<T, 2> step(const ConvStep& conv, int i, int64_t row, int output,
                                   const Packed<T, 2>& newest) {
-    float sums[2], x[2];
+    float sums[2], x[2], taps[kWidth > 0 ? 2 * kWidth : 1];
+    MAMBA2_UNROLL
+    for (int k = 0; k < kWidth; ++k) {
+      weight[i][k].unpack(x);
+      taps[2 * k] = x[0], taps[2 * k + 1] = x[1];
+    }
+    bias[i].unpack(sums);
     newest.unpack(x);
     MAMBA2_UNROLL
-    for (int c = 0; c < 2; ++c) sums[c] = bias[i][c] + weight[i][c][kBefore] * x[c];
+    for (int c = 0; c < 2; ++c) sums[c] += taps[c * kWidth + kBefore] * x[c];
     MAMBA2_UNROLL
     for (int k = 0; k < kBefore; ++k) {
       before[i][k].unpack(x);
       MAMBA2_UNROLL
-      for (int c = 0; c < 2; ++c) sums[c] += weight[i][c][k] * x[c];
+      for (int c = 0; c < 2; ++c) sums[c] += taps[c * kWidth + k] * x[c];
       const Packed<T, 2>& after = k + 1 < kBefore ? before[i][k + 1] : newest;
       after.store(state(conv, row, k, output));
     }

@@ -6,10 +6,11 @@
 namespace mamba2::norm_linear {
 
 struct ConvStep {
-  int first = 0, d = 0, w = 0;  // outputs first .. first + d are channels; w 0: no convolution
-  void* state = nullptr;        // (b, w - 1, d) bf16, (w - 1, d) contiguous, updated
-  int64_t state_stride = 0;     // elements from row to row
-  AnyFloat weight, bias;        // (d, w), (d) optional
+  int first = 0, d = 0, w = 0;   // outputs first .. first + d are channels; w 0: no convolution
+  void* state = nullptr;         // (b, w - 1, d) bf16, (w - 1, d) contiguous, updated
+  int64_t state_stride = 0;      // elements from row to row
+  const void* weight = nullptr;  // (d, w) bf16
+  const void* bias = nullptr;    // (d) bf16, optional
   bool silu = false;
 };
 

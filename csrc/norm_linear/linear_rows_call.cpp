@@ -23,7 +23,7 @@ void check_conv(const ArgumentCheck& check, const RowsArguments& a) {
   check.that(a.conv_weight.has_value(), "conv_weight", "given with conv_state", "nothing");
   const Tensor &state = *a.conv_state, &weight = *a.conv_weight;
   check.shape("conv_weight", weight, {{"channels"}, {"w"}});
-  check.floating("conv_weight", weight);
+  check.dtype("conv_weight", weight, {ScalarType::BFloat16});
   check.device("conv_weight", weight);
   const int64_t d = weight.size(0), w = weight.size(1), o = a.weight.size(0);
   const bool w_fits = w >= 2 && w <= 4;
@@ -36,7 +36,7 @@ void check_conv(const ArgumentCheck& check, const RowsArguments& a) {
   }
   if (a.conv_bias) {
     check.shape("conv_bias", *a.conv_bias, {{"channels", d}});
-    check.floating("conv_bias", *a.conv_bias);
+    check.dtype("conv_bias", *a.conv_bias, {ScalarType::BFloat16});
     check.device("conv_bias", *a.conv_bias);
   }
   check.shape("conv_state", state, {{"b", a.x.size(0)}, {"w - 1", w - 1}, {"channels", d}});
@@ -55,8 +55,8 @@ void set_conv(RowsCall& call, const RowsArguments& a) {
   conv.w = static_cast<int>(a.conv_weight->size(1));
   conv.state = a.conv_state->mutable_data_ptr();
   conv.state_stride = a.conv_state->strides()[0];
-  conv.weight = any_float(keep(call.kept, compact(*a.conv_weight)));
-  if (a.conv_bias) conv.bias = any_float(keep(call.kept, compact(*a.conv_bias)));
+  conv.weight = keep(call.kept, compact(*a.conv_weight)).const_data_ptr();
+  if (a.conv_bias) conv.bias = keep(call.kept, compact(*a.conv_bias)).const_data_ptr();
   conv.silu = a.silu;
 }
 
@@ -80,10 +80,12 @@ RowsCall prepare_rows(const RowsArguments& a) {
   params.out = {call.y.mutable_data_ptr(), params.o};
   if (a.conv_state) set_conv(call, a);
   // A copy of weights is written by the kernel in front.
-  const bool copied =
-      params.weight != a.weight.const_data_ptr() ||
-      (a.conv_state && call.conv.weight.ptr != a.conv_weight->const_data_ptr()) ||
-      (a.conv_bias && call.conv.bias.ptr && call.conv.bias.ptr != a.conv_bias->const_data_ptr());
+  const auto is_copy = [](const void* used, const OptionalTensor& given) {
+    return used != nullptr && used != given->const_data_ptr();
+  };
+  const bool copied = is_copy(params.weight, a.weight) ||
+                      is_copy(call.conv.weight, a.conv_weight) ||
+                      is_copy(call.conv.bias, a.conv_bias);
   params.early_weights = a.early_weights && !copied;
   return call;
 }

@@ -7,7 +7,7 @@
 //                   first weights are on their way before it waits for the kernel in front
 //   add_parts       adds the slices up, divides by the root mean square, adds to the residual and
 //                   norms it. Grid: rows; a thread has 4 consecutive channels, and more of them
-//                   where there are more than 4096. Shared memory: a sum a warp
+//                   where there are more than 2048. Shared memory: a sum a warp
 // Because a row is divided after the product, no kernel has to see the row before: what is rounded
 // to weight's dtype is x gate norm_weight. Bound by the latency of two trips to memory.
 // For bf16 (fp16 could overflow before it is divided), an fp32 residual, one group of channels, no
@@ -67,14 +67,20 @@ struct OwnVectors {
   }
 };
 
-// Weights of the norm for the thread's channels; what lies behind the channels is 0 in x.
-MAMBA2_DEVICE void load_norm_weight(const Params& params, int k, float (&to)[kVec]) {
-  if (k < params.d) load_any(params.norm_weight, k, to);
+// Weights of the norm for the thread's channels, as they lie in memory; 0 behind them.
+MAMBA2_DEVICE Packed<T, kVec> load_norm_weight(const Params& params, int k) {
+  Packed<T, kVec> weight;
+  weight.zero();
+  if (k < params.d) weight.load(static_cast<const T*>(params.norm_weight.ptr) + k);
+  return weight;
 }
 
 // x becomes x gate norm_weight in its place; adds up the squares of what the norm is of.
-MAMBA2_DEVICE void gate_own(const Params& params, Stage& stage, const float (&norm_weight)[kVec],
+MAMBA2_DEVICE void gate_own(const Params& params, Stage& stage,
+                            const Packed<T, kVec>& packed_norm_weight,
                             float (&squares)[OwnVectors::kCount]) {
+  float norm_weight[kVec];
+  packed_norm_weight.unpack(norm_weight);
   MAMBA2_UNROLL
   for (int i = 0; i < OwnVectors::kCount; ++i) {
     T* s_x = stage.x.at(OwnVectors::row(i), OwnVectors::column());
@@ -125,8 +131,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
   for (int c = 0; c < kStages; ++c) {
     if (c < chunks) part.request_weight(params, c * kChunk, s_stages[c].weight);
   }
-  float norm_weight[kVec] = {};
-  load_norm_weight(params, part.first_k + OwnVectors::column(), norm_weight);
+  Packed<T, kVec> norm_weight = load_norm_weight(params, part.first_k + OwnVectors::column());
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   MAMBA2_UNROLL
@@ -143,7 +148,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
     ptx::cp_async_wait_group<kStages - 1>();
     gate_own(params, stage, norm_weight, squares);
     __syncthreads();
-    load_norm_weight(params, part.first_k + (c + 1) * kChunk + OwnVectors::column(), norm_weight);
+    norm_weight = load_norm_weight(params, part.first_k + (c + 1) * kChunk + OwnVectors::column());
     warp.multiply(stage.x, stage.weight);
     if (c + kStages < chunks) {
       __syncthreads();  // all have read the stage
@@ -164,7 +169,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
 
 // ---- the sum and the next norm ----
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 512;
 constexpr int kSumVec = 4;
 
 MAMBA2_DEVICE float sum_over_block(float v, float* s_sums) {
@@ -186,42 +191,25 @@ struct SumParams {
   add_norm::ForwardParams next;
 };
 
-__global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
-    add_parts(MAMBA2_GRID_CONSTANT const SumParams params) {
-  const add_norm::ForwardParams& next = params.next;
-  float* s_sums = static_cast<float*>(ptx::dynamic_smem());
-  const int64_t row = blockIdx.x;
-  float* g_residual = static_cast<float*>(next.residual_out) + row * next.residual_out_stride;
-  const float* g_products = params.parts.products + row * next.d;
-  const int slab = static_cast<int>(blockDim.x) * kSumVec;
-  const int first_k = static_cast<int>(threadIdx.x) * kSumVec;
+// A thread's channels of the residual and of every slice, as they lie in memory.
+struct Summands {
+  Packed<float, kSumVec> residual, part[kMaxSlices];
 
-  if (!params.early_weights) ptx::griddepcontrol_wait();
-  float weight[kSumVec] = {};
-  if (first_k < next.d) load_any(next.weight, first_k, weight);
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
-  float squares = 0;
-  MAMBA2_UNROLL
-  for (int s = 0; s < kMaxSlices; ++s) {
-    if (s < params.slices) squares += params.parts.squares[s * next.b + row];
-  }
-  const float scale = 1.f / sqrtf(squares / float(params.product_d) + float(params.product_eps));
-  float v[kSumVec] = {}, sum = 0;
-  MAMBA2_NO_UNROLL
-  for (int k = first_k + (ceil_div(next.d, slab) - 1) * slab; k >= first_k; k -= slab) {
-    if (k >= next.d) continue;  // backwards: the first stays in registers
-    Packed<float, kSumVec> residual, part[kMaxSlices];
+  MAMBA2_DEVICE void load(const SumParams& params, const float* g_residual, int64_t row, int k) {
+    const add_norm::ForwardParams& next = params.next;
+    const float* g_product = params.parts.products + row * next.d + k;
     residual.load(g_residual + k);
     MAMBA2_UNROLL
     for (int s = 0; s < kMaxSlices; ++s) {
       part[s].zero();
-      if (s < params.slices) part[s].load(g_products + s * next.b * next.d + k);
+      if (s < params.slices) part[s].load(g_product + s * next.b * next.d);
     }
-    float added[kSumVec] = {};
+  }
+  // Their sum, the slices times `scale`; returns its squares' sum.
+  MAMBA2_DEVICE float add(float scale, float (&v)[kSumVec]) const {
+    float added[kSumVec] = {}, of_slice[kSumVec], sum = 0;
     MAMBA2_UNROLL
     for (int s = 0; s < kMaxSlices; ++s) {
-      float of_slice[kSumVec];
       part[s].unpack(of_slice);
       MAMBA2_UNROLL
       for (int c = 0; c < kSumVec; ++c) added[c] += of_slice[c];
@@ -232,19 +220,56 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
       v[c] += scale * added[c];
       sum += v[c] * v[c];
     }
+    return sum;
+  }
+};
+
+__global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
+    add_parts(MAMBA2_GRID_CONSTANT const SumParams params) {
+  const add_norm::ForwardParams& next = params.next;
+  float* s_sums = static_cast<float*>(ptx::dynamic_smem());
+  const int64_t row = blockIdx.x;
+  float* g_residual = static_cast<float*>(next.residual_out) + row * next.residual_out_stride;
+  T* g_y = static_cast<T*>(next.y) + row * next.d;
+  const int slab = static_cast<int>(blockDim.x) * kSumVec;
+  const int own_k = static_cast<int>(threadIdx.x) * kSumVec;  // stays in registers
+  const bool has_own = own_k < next.d;
+
+  if (!params.early_weights) ptx::griddepcontrol_wait();
+  float weight[kSumVec] = {}, v[kSumVec];
+  if (has_own) load_any(next.weight, own_k, weight);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  Summands own;
+  if (has_own) own.load(params, g_residual, row, own_k);  // before anything that waits
+  float squares = 0, sum = 0;
+  MAMBA2_UNROLL
+  for (int s = 0; s < kMaxSlices; ++s) {
+    if (s < params.slices) squares += params.parts.squares[s * next.b + row];
+  }
+  const float scale = 1.f / sqrtf(squares / float(params.product_d) + float(params.product_eps));
+  MAMBA2_NO_UNROLL
+  for (int k = own_k + slab; k < next.d; k += slab) {
+    Summands others;
+    others.load(params, g_residual, row, k);
+    sum += others.add(scale, v);
     store_vector(g_residual + k, v);
+  }
+  if (has_own) {
+    sum += own.add(scale, v);
+    store_vector(g_residual + own_k, v);
   }
   sum = sum_over_block(sum, s_sums);
   const float r = 1.f / sqrtf(sum / float(next.d) + float(next.eps));
   MAMBA2_NO_UNROLL
-  for (int k = first_k; k < next.d; k += slab) {
-    if (k != first_k) {
+  for (int k = own_k; k < next.d; k += slab) {
+    if (k != own_k) {
       load_vector(g_residual + k, v);
       load_any(next.weight, k, weight);
     }
     MAMBA2_UNROLL
     for (int c = 0; c < kSumVec; ++c) weight[c] *= r * v[c];
-    store_vector(static_cast<T*>(next.y) + row * next.d + k, weight);
+    store_vector(g_y + k, weight);
   }
 }
 
@@ -253,13 +278,14 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
 bool fits_rows(const Params& product, const add_norm::ForwardParams& next) {
   const bool dtypes = product.dtype == DType::bf16 && product.x_dtype == DType::bf16 &&
                       product.out_dtype == DType::f32 && next.dtype == DType::bf16 &&
-                      next.weight.dtype != DType::f64 && product.norm_weight.dtype != DType::f64;
+                      next.weight.dtype != DType::f64 && product.norm_weight.dtype == DType::bf16;
   const bool simple = product.s == product.d && !product.bias && product.add &&
                       product.d % kVec == 0 && product.o % kSumVec == 0 &&
                       ceil_div(product.b, int64_t{kRows}) <= 65535;
   const Matrix residual{product.out.ptr, product.out.stride};
   return dtypes && simple && is_aligned(product.x, sizeof(T)) && is_aligned(product.z, sizeof(T)) &&
-         is_aligned({product.weight}, sizeof(T)) && is_aligned(residual, sizeof(float));
+         is_aligned({product.weight}, sizeof(T)) &&
+         is_aligned({product.norm_weight.ptr}, sizeof(T)) && is_aligned(residual, sizeof(float));
 }
 
 std::size_t rows_workspace_bytes(const Params& product) {

@@ -1,11 +1,11 @@
-// norm_linear on the CPU: a task a row, summed in double.
+// norm_linear and its kin on the CPU: a task a row, summed in double.
 #include <cmath>
 #include <vector>
 
 #include "../core/convert_cpu.h"
 #include "../core/parallel_cpu.h"
 #include "../ssd/formulas.cuh"
-#include "norm_linear_call.h"
+#include "norm_linear_operators.h"
 
 namespace mamba2::norm_linear {
 namespace {
@@ -59,25 +59,11 @@ void run_rows(const Params& params) {
       });
 }
 
-Tensor norm_linear(Tensor x, Tensor norm_weight, OptionalTensor z, Tensor weight,
-                   OptionalTensor bias, OptionalTensor residual, double eps, int64_t group_size,
-                   bool norm_before_gate, bool early_weights) {
-  const Call call = prepare({x, norm_weight, z, weight, bias, residual, eps, group_size,
-                             norm_before_gate, early_weights});
-  run_rows(call.params);
-  return call.y;
-}
+void run_norm_linear(const Call& call, const Tensor& /*x*/) { run_rows(call.params); }
 
-Tensor norm_linear_add_norm(Tensor residual, Tensor x, Tensor norm_weight, OptionalTensor z,
-                            Tensor weight, OptionalTensor bias, Tensor next_weight, double eps,
-                            int64_t group_size, bool norm_before_gate, double next_eps,
-                            int64_t dtype, bool early_weights) {
-  const auto [product, next] = prepare_with_norm(
-      {x, norm_weight, z, weight, bias, residual, eps, group_size, norm_before_gate, early_weights},
-      next_weight, next_eps, dtype);
-  run_rows(product.params);
-  add_norm::forward_on_cpu(next);
-  return next.y;
+void run_with_norm(const CallWithNorm& call, const Tensor& /*x*/) {
+  run_rows(call.product.params);
+  add_norm::forward_on_cpu(call.next);
 }
 
 // The convolution's step of row `row`, in the place of its product.
@@ -85,12 +71,13 @@ void convolve_row(const Params& params, const ConvStep& conv, int64_t row) {
   for (int i = 0; i < conv.d; ++i) {
     const int64_t at = row * params.out.stride + conv.first + i;
     double newest = cpu::load<double>(DType::bf16, params.out.ptr, at);
-    double sum = conv.bias ? cpu::load<double>(conv.bias, i) : 0;
-    sum += cpu::load<double>(conv.weight, int64_t(i) * conv.w + conv.w - 1) * newest;
+    double sum = conv.bias ? cpu::load<double>(DType::bf16, conv.bias, i) : 0;
+    const int64_t taps = int64_t(i) * conv.w;
+    sum += cpu::load<double>(DType::bf16, conv.weight, taps + conv.w - 1) * newest;
     for (int k = conv.w - 2; k >= 0; --k) {  // each input moves one place up
       const int64_t state_at = row * conv.state_stride + int64_t(k) * conv.d + i;
       const double input = cpu::load<double>(DType::bf16, conv.state, state_at);
-      sum += cpu::load<double>(conv.weight, int64_t(i) * conv.w + k) * input;
+      sum += cpu::load<double>(DType::bf16, conv.weight, taps + k) * input;
       cpu::store(DType::bf16, conv.state, state_at, newest);
       newest = input;
     }
@@ -98,10 +85,7 @@ void convolve_row(const Params& params, const ConvStep& conv, int64_t row) {
   }
 }
 
-Tensor linear_rows(Tensor x, Tensor weight, OptionalTensor conv_state, OptionalTensor conv_weight,
-                   OptionalTensor conv_bias, int64_t conv_first, bool silu, bool early_weights) {
-  const RowsCall call = prepare_rows(
-      {x, weight, conv_state, conv_weight, conv_bias, conv_first, silu, early_weights});
+void run_rows_call(const RowsCall& call, const Tensor& /*x*/) {
   const Params& params = call.params;
   cpu::parallel_tasks(
       params.b, [&] { return std::vector<double>(params.d); },
@@ -110,15 +94,14 @@ Tensor linear_rows(Tensor x, Tensor weight, OptionalTensor conv_state, OptionalT
         multiply_row(params, row, v);
         convolve_row(params, call.conv, row);
       });
-  return call.y;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CPU, m) {
-  m.impl("norm_linear", TORCH_BOX(&norm_linear));
-  m.impl("norm_linear_add_norm_", TORCH_BOX(&norm_linear_add_norm));
-  m.impl("linear_rows", TORCH_BOX(&linear_rows));
+  m.impl("norm_linear", TORCH_BOX(&norm_linear_operator<run_norm_linear>));
+  m.impl("norm_linear_add_norm_", TORCH_BOX(&norm_linear_add_norm_operator<run_with_norm>));
+  m.impl("linear_rows", TORCH_BOX(&linear_rows_operator<run_rows_call>));
 }
 
 }  // namespace mamba2::norm_linear

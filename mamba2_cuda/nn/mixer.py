@@ -143,7 +143,7 @@ class Mamba2(nn.Module):
 
     def step_unprojected(self, u, cache):
         """forward for one token a row, but for what RMSNorm.add does with the next norm."""
-        if self.convolves_rows(cache):
+        if self.convolves_rows(u, cache):
             conv = self.conv1d
             zxBCdt = functional.linear_rows(
                 u[:, 0], self.in_proj.weight, conv_state=cache.conv, conv_weight=conv.weight[:, 0],
@@ -157,24 +157,29 @@ class Mamba2(nn.Module):
         y = self.scan_convolved(z, xBC, dt, cache)
         return Unprojected(y, z, self.norm, self.out_proj)
 
-    def convolves_rows(self, cache):
-        """Whether linear_rows takes in_proj and the convolution."""
-        weight, layout = self.in_proj.weight, self.layout
+    def convolves_rows(self, u, cache):
+        """Whether linear_rows takes in_proj and the convolution, and all its blocks at once: with
+        more of them a library's product and the convolution alone are faster."""
+        weight, conv, layout = self.in_proj.weight, self.conv1d, self.layout
+        blocks = math.ceil(layout.width / 32) * math.ceil(len(u) / 64)
         return (
-            weight.dtype == cache.conv.dtype == torch.bfloat16
+            blocks <= 132
             and is_bare(self.in_proj, torch.bfloat16)
             and weight.size(0) % 8 == weight.size(1) % 8 == 0
             and layout.d_inner % 2 == layout.conv_channels % 2 == 0
+            and cache.conv.dtype == conv.weight.dtype == torch.bfloat16
+            and (conv.bias is None or conv.bias.dtype == torch.bfloat16)
         )
 
     def projects_with_next_norm(self, residual):
         """Whether the operator behind step_unprojected has fast kernels for these rows."""
         return (
             8 < len(residual) <= 128
+            and residual.size(-1) <= 1024  # of wider models a library's product is faster
             and self.has_step_kernels(residual)
-            and self.in_proj.weight.dtype == torch.bfloat16
-            and residual.dtype == torch.float32
             and self.norm is not None
+            and self.norm.weight.dtype == self.in_proj.weight.dtype == torch.bfloat16
+            and residual.dtype == torch.float32
             and self.out_proj.bias is None
         )
 

@@ -82,7 +82,7 @@ def linear_rows(
     x              (b, d)         bf16; rows may lie apart
     weight         (o, d)         bf16
     conv_state     (b, w - 1, c)  bf16, contiguous within a row, updated in place; or None
-    conv_weight    (c, w)         fp64, fp32, bf16 or fp16, as conv_bias (c,), which is optional
+    conv_weight    (c, w)         bf16, as conv_bias (c,), which is optional
     conv_first                    the outputs conv_first .. conv_first + c are the channels; both
                                   even
     early_weights                 as in norm_linear, a promise for conv_state too
