@@ -174,8 +174,10 @@ class Mamba2(nn.Module):
     def projects_with_next_norm(self, residual):
         """Whether the operator behind step_unprojected has fast kernels for these rows."""
         return (
-            8 < len(residual) <= 128
-            and residual.size(-1) <= 1024  # of wider models a library's product is faster
+            len(residual) > 8
+            # With more rows, or wider ones, a library's product is faster.
+            and len(residual) <= (128 if residual.size(-1) <= 768 else 64)
+            and residual.size(-1) <= 1024
             and self.has_step_kernels(residual)
             and self.norm is not None
             and self.norm.weight.dtype == self.in_proj.weight.dtype == torch.bfloat16
