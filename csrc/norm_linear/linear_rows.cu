@@ -1,10 +1,9 @@
 // linear_rows on tensor cores (see linear_rows.h for the equations). A block has 64 rows and 32
-// outputs, all channels of them: 128 at a time, through a ring of 6. Grid: (outputs / 32, 1, rows /
-// 64). Shared memory: 6 x 24 KB. Bound by the latency of one trip to memory, and by every block's
-// reading all of its rows. A thread has pairs of outputs; those that are channels wait for their
-// product with the taps and the inputs before in registers.
-// bf16; d and o multiples of 8, rows aligned to 16 bytes. Deterministic; a row's result does not
-// depend on the others.
+// outputs, all channels of them: 128 at a time, through a ring of 6 or 4. Grid: (outputs / 32, 1,
+// rows / 64). Shared memory: 6 x 24 KB. Bound by the latency of one trip to memory, and by every
+// block's reading all of its rows. A thread has pairs of outputs; those that are channels wait for
+// their product with the taps and the inputs before in registers. bf16; d and o multiples of 8,
+// rows aligned to 16 bytes. Deterministic; a row's result does not depend on the others.
 #include "linear_rows.h"
 
 #include "../core/activations.cuh"
@@ -15,7 +14,7 @@ namespace mamba2::norm_linear {
 namespace {
 
 constexpr int kOutputs = 32, kChunk = 128;
-constexpr int kStages = 6;
+constexpr int kManyStages = 6, kFewStages = 4;  // 144 KB of shared memory, or what any card has
 
 struct Stage {
   tile::SharedTile<T, kOutputs, kChunk> weight;
@@ -81,7 +80,7 @@ struct Channels {
   }
 };
 
-template <int kWidth>
+template <int kWidth, int kStages>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     linear_rows(MAMBA2_GRID_CONSTANT const Params params,
                 MAMBA2_GRID_CONSTANT const ConvStep conv) {
@@ -128,19 +127,29 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
   });
 }
 
-}  // namespace
-
-int run_linear_rows(const Params& params, const ConvStep& conv, void* stream) {
+template <int kWidth, int kStages>
+int run_as(const Params& params, const ConvStep& conv, void* stream) {
   LaunchShape at;
   at.grid = dim3(static_cast<unsigned>(ceil_div(params.o, kOutputs)), 1,
                  static_cast<unsigned>(ceil_div(params.b, int64_t{kRows})));
   at.threads = kThreads;
   at.smem_bytes = sizeof(Stage) * kStages;
   at.programmatic = true;
-  if (conv.w == 0) return launch(linear_rows<0>, at, stream, params, conv);
-  if (conv.w == 2) return launch(linear_rows<2>, at, stream, params, conv);
-  if (conv.w == 3) return launch(linear_rows<3>, at, stream, params, conv);
-  return launch(linear_rows<4>, at, stream, params, conv);
+  return launch(linear_rows<kWidth, kStages>, at, stream, params, conv);
+}
+template <int kStages>
+int run_as(const Params& params, const ConvStep& conv, void* stream) {
+  if (conv.w == 0) return run_as<0, kStages>(params, conv, stream);
+  if (conv.w == 2) return run_as<2, kStages>(params, conv, stream);
+  if (conv.w == 3) return run_as<3, kStages>(params, conv, stream);
+  return run_as<4, kStages>(params, conv, stream);
+}
+
+}  // namespace
+
+int run_linear_rows(const Params& params, const ConvStep& conv, bool much_smem, void* stream) {
+  return much_smem ? run_as<kManyStages>(params, conv, stream)
+                   : run_as<kFewStages>(params, conv, stream);
 }
 
 }  // namespace mamba2::norm_linear

@@ -15,7 +15,8 @@ struct ConvStep {
 };
 
 // Of Params it takes b, d, o, x, weight, out and early_weights, which is for the convolution's
-// weights and state too. Returns a cudaError_t as int.
-int run_linear_rows(const Params&, const ConvStep&, void* stream);
+// weights and state too. much_smem: a block may have 160 KB of shared memory; the result is the
+// same. Returns a cudaError_t as int.
+int run_linear_rows(const Params&, const ConvStep&, bool much_smem, void* stream);
 
 }  // namespace mamba2::norm_linear

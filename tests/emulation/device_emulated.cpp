@@ -1,5 +1,5 @@
-// core/device.h for the host emulation, in place of core/device_cuda.cpp: one card of compute
-// capability 9.0 with few SMs, no stream, no device to guard.
+// core/device.h for the host emulation, in place of core/device_cuda.cpp: one card, of compute
+// capability 9.0 unless a test wants another, with few SMs, no stream, no device to guard.
 #include "../../csrc/core/device.h"
 #include "../../csrc/core/launch.h"
 
@@ -33,4 +33,10 @@ extern "C" __attribute__((visibility("default"))) void mamba2_emulation_schedule
   o.timing = static_cast<mamba2::emulation::Timing>(timing);
   o.resident_blocks = resident_blocks;
   mamba2::emulated_card().sm_count = sm_count;
+}
+
+extern "C" __attribute__((visibility("default"))) void mamba2_emulation_capability(int major,
+                                                                                   int minor) {
+  mamba2::emulated_card().major = major;
+  mamba2::emulated_card().minor = minor;
 }

@@ -7,6 +7,7 @@ from test_norm_linear import (
     CASES,
     CONVOLVED,
     MANY_ROWS,
+    Case,
     check,
     check_convolved,
     check_linear_rows,
@@ -96,3 +97,14 @@ def test_linear_rows(emulated, sizes, nan_filled):
 @pytest.mark.parametrize("sizes", CONVOLVED.values(), ids=CONVOLVED)
 def test_linear_rows_and_a_convolution(emulated, sizes, nan_filled):
     check_convolved(linear_rows_through(emulated.ops), *sizes)
+
+
+@pytest.mark.parametrize("name", ["130m", "more chunks than stages"])
+def test_linear_rows_on_a_card_with_less_shared_memory(emulated, name):
+    """A shorter ring, and the same bits."""
+    b, d, o = MANY_ROWS[name]
+    inputs = make_inputs(Case(b, d, o, x_dtype=torch.bfloat16))
+    run, arguments = linear_rows_through(emulated.ops), (inputs["x"], inputs["weight"])
+    y = run(*arguments)
+    emulated.schedule(capability=(8, 6))
+    assert torch.equal(run(*arguments), y)
