@@ -13,9 +13,10 @@
 #     ranks      one sequence on two GPUs
 #     recall     associative recall, a grid of models         ($RECALL_SECONDS)
 #     ncu        every kernel once, by the hardware counters  ($SHAPE)
-# Stages with commas between them run at the same time, a GPU each: tests bench,model,accuracy,recall.
+# Stages with commas between them run at once, a GPU each: tests bench,model,accuracy,recall.
 # What draws on rows wants tests before it, and $MAMBA_SSM, a folder with the rival, to compare.
-# Wants mamba2_cuda/_ops*.so, and builds at most _C for this Python (seconds). Logs, rows and tables go under $OUT (default out).
+# Wants mamba2_cuda/_ops*.so, and builds at most _C for this Python (seconds). Logs, rows and tables
+# go under $OUT (default out).
 # The exit status says whether every stage passed; the last lines say which did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -69,7 +70,9 @@ around() { $PY -m bench.around ${AROUND_ARGS:-}; }
 model() { $PY -m bench.model ${MODEL_ARGS:-}; }
 accuracy() { $PY -m bench.accuracy ${ACCURACY_ARGS:-}; }
 ranks() { $PY -m bench.ranks; }
-recall() { $PY -m examples.mqar --grid --budget-seconds "${RECALL_SECONDS:-178}" --out "$OUT/mqar"; }
+recall() {
+  $PY -m examples.mqar --grid --budget-seconds "${RECALL_SECONDS:-178}" --out "$OUT/mqar"
+}
 
 ncu_() {
   ncu --clock-control none --profile-from-start off --kernel-name-base demangled \

@@ -82,7 +82,9 @@ def make_trainer(options, training, held_out):
         options.d_model, options.layers, 256, ssm_cfg=dict(d_state=64, headdim=64, ngroups=1)
     )
     model = Mamba2LMHeadModel(config, device=options.device)
-    recipe = Recipe(options.steps, options.batch, options.length, rate=options.rate, bf16=not options.fp32)
+    recipe = Recipe(
+        options.steps, options.batch, options.length, rate=options.rate, bf16=not options.fp32
+    )
     windows = Windows(training, options.length), Windows(held_out, options.length)
     return Trainer(model, recipe, *windows, options.out)
 
