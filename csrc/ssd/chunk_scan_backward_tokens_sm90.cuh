@@ -32,7 +32,6 @@ struct TokenSide : TokenGroup<T, kN> {
   static constexpr int kSteps = kChannels / 16;
   using Gradient = float[kChannels / 2];        // dx: an accumulator
   using ChannelFragment = uint32_t[kSteps][4];  // x or dy of the same channels
-  int exchanges = 0;
 
   // ---- products ----
   // U of a target: issued.
@@ -69,23 +68,23 @@ struct TokenSide : TokenGroup<T, kN> {
   }
 
   // ---- exchange ----
-  // m for the other side's lane of the same rows. Two buffers: once a warp has what the other left
-  // in one, and says so by coming to the next exchange, that one is free.
-  MAMBA2_DEVICE void give(const Fragment& m) const {
-    uint4* out = s.between.m[exchanges % 2][side][0] + thread_anew();
+  // m for the other side's lane of the same rows. Two buffers, an exchange in each in turn: once a
+  // warp has what the other left in one, and says so by coming to the next exchange, that one is
+  // free.
+  MAMBA2_DEVICE void give(const Fragment& m, int buffer) const {
+    uint4* out = s.between.m[buffer][side][0] + thread_anew();
     MAMBA2_UNROLL
     for (int i = 0; i < 2; ++i)
       out[i * tile::kWarpgroup] = uint4{m[4 * i], m[4 * i + 1], m[4 * i + 2], m[4 * i + 3]};
   }
-  MAMBA2_DEVICE void take(Fragment& m) {
+  MAMBA2_DEVICE void take(Fragment& m, int buffer) const {
     ptx::bar_sync(kExchangeBarriers + me.warp, 64);
-    const uint4* in = s.between.m[exchanges % 2][1 - side][0] + thread_anew();
+    const uint4* in = s.between.m[buffer][1 - side][0] + thread_anew();
     MAMBA2_UNROLL
     for (int i = 0; i < 2; ++i) {
       const uint4 v = in[i * tile::kWarpgroup];
       m[4 * i] = v.x, m[4 * i + 1] = v.y, m[4 * i + 2] = v.z, m[4 * i + 3] = v.w;
     }
-    ++exchanges;
   }
 
   // ---- a head ----
@@ -132,18 +131,19 @@ struct TokenSide : TokenGroup<T, kN> {
       }
     }
   }
-  // Sums over this lane's rows, and their delta: to shared memory. Of V and F of two rows each of
-  // the four lanes that share them adds up one; F is down to one row's already. Then waits until
-  // the place of dx is free. All of it while the last product is on its way.
-  MAMBA2_DEVICE void leave_rows(const Rows& rows, float F, HeadResults& results, int i) const {
-    float V[2] = {rows.V[0], rows.V[1]};
-    share_columns<1>(V, me.lane, 1);
-    float sums[2] = {V[0], F};
-    share_columns<1>(sums, me.lane, 2);
-    const bool of_F = me.lane & 2, lower = me.lane & 1;
-    const int row = me.row(lower);
-    (of_F ? results.F : results.V)[part()][row] = sums[0];
-    if (part() == 0 && !of_F) results.delta[row] = lower ? rows.delta[1] : rows.delta[0];
+  // Sums over this lane's two rows, added up by the four lanes that share them: to shared memory.
+  MAMBA2_DEVICE void leave_rows(float* to, float (&sums)[2]) const {
+    share_columns<1>(sums, me.lane, 1);
+    const float sum = sums[0] + __shfl_xor_sync(kAllLanes, sums[0], 2);
+    if ((me.lane & 2) == 0) to[me.row(me.lane & 1)] = sum;
+  }
+  MAMBA2_DEVICE void leave_delta(const Rows& rows, HeadResults& results) const {
+    const bool lower = me.lane & 1;
+    if (part() == 0 && (me.lane & 2) == 0)
+      results.delta[me.row(lower)] = lower ? rows.delta[1] : rows.delta[0];
+  }
+  // Until the finishing side is done with the head whose dx lay where the i-th's will.
+  MAMBA2_DEVICE void wait_dx(int i) const {
     if (i < Shape::kDxTiles) return;
     const ResultSlot last(i - Shape::kDxTiles);
     ptx::mbarrier_wait(&s.results_ring.empty[last.stage], last.phase);
@@ -169,7 +169,7 @@ struct TokenSide : TokenGroup<T, kN> {
   MAMBA2_DEVICE void share_head(int i) {
     const ResultSlot slot(i);
     const TokenStage<T>& stage = s.tokens[TokenSlot(i).stage];
-    HeadResults& results = s.results[slot.stage];  // free: leave_rows() of the last head has waited
+    HeadResults& results = s.results[slot.stage];  // free: wait_dx() of the last head has waited
     const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
     Rows rows = this->rows_of(stage);
     const auto own = this->load_columns(a_run_log2);
@@ -178,7 +178,8 @@ struct TokenSide : TokenGroup<T, kN> {
     Fragment m, other;
     float columns[2 * kGroups], F[2] = {};
     this->weigh_own(m, rows, columns, own, a_run_log2);
-    give(m);
+    const int buffer = earlier() ? kOwn : i % 2;
+    give(m, buffer);
     uint32_t x[2][4], dy[2][4];
     load_channels(x, stage.x);
     const float rest = rest_of_chunk(stage);
@@ -190,28 +191,30 @@ struct TokenSide : TokenGroup<T, kN> {
     ptx::wgmma_fence_operand(dx);
     arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
     weigh_state(dx, F, x, rest, rows);
-    take(other);
+    take(other, buffer);
     multiply_weights(dx, m, other, stage.dy[kOwn]);
     this->leave_columns(columns, results, kOwn);
-    share_columns<1>(F, me.lane, 1);
+    leave_rows(results.F[part()], F);
+    wait_dx(i);                  // while the products are on their way
     ptx::wgmma_wait_group<0>();  // of dx too: m is to leave its registers
     ptx::wgmma_fence_operand(dx);
     ptx::wgmma_fence_operand(U);
     if (earlier()) {
       this->weigh_later(m, rows, columns, a_run_log2 + kBlock);
-      give(m);
+      give(m, kLater);
       this->leave_columns(columns, results, kLater);
+      leave_rows(results.V[part()], rows.V);
       load_channels(dy, stage.dy[kOwn]);
-      take(other);
+      take(other, kLater);
       multiply_weights(dx, m, other, stage.dy[kLater]);
       multiply_next(i);
-      leave_rows(rows, F[0], results, i);
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_fence_operand(dx);
     } else {
       load_channels(dy, stage.dy[kOwn]);
-      leave_rows(rows, F[0], results, i);
+      leave_rows(results.V[part()], rows.V);
     }
+    leave_delta(rows, results);
     if (args.dx_sum) pass_on(dx, i);
     leave(stage, dx, rows, dy, i);
     ptx::wgmma_wait_group<0>();
@@ -266,8 +269,10 @@ struct TokenSide : TokenGroup<T, kN> {
       ptx::wgmma_commit_group();
     }
     load_channels(channels, stage.dy[kOwn]);
-    share_columns<1>(F, me.lane, 1);
-    leave_rows(rows, F[0], results, i);
+    leave_rows(results.V[part()], rows.V);
+    leave_rows(results.F[part()], F);
+    leave_delta(rows, results);
+    wait_dx(i);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(dx);
     leave(stage, dx, rows, channels, i);
