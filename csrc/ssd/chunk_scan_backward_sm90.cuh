@@ -30,6 +30,12 @@ struct Slot {
   int stage;
   uint32_t phase;
   MAMBA2_DEVICE explicit Slot(int i) : stage(i % kStages), phase(i / kStages & 1) {}
+  // That of the next head, with no division.
+  MAMBA2_DEVICE Slot next() const {
+    Slot at = *this;
+    if (++at.stage == kStages) at.stage = 0, at.phase ^= 1;
+    return at;
+  }
 };
 template <int kN>
 using TokenSlot = Slot<ScanShape<kN>::kTokenStages>;
@@ -253,8 +259,7 @@ struct ScanConsumer {
     }
   }
   // The tokens of the i-th head of the task.
-  MAMBA2_DEVICE const TokenStage<T>& wait_tokens(int i) const {
-    const TokenSlot<kN> slot(i);
+  MAMBA2_DEVICE const TokenStage<T>& wait_tokens(const TokenSlot<kN>& slot) const {
     ptx::mbarrier_wait(&s.tokens_ring.full[slot.stage], slot.phase);
     return s.tokens[slot.stage];
   }

@@ -118,7 +118,7 @@ struct StateSide : ScanConsumer<T, kN> {
     for (int e = 0; e < kN / 2; ++e) dC[e] = dB[e] = 0;
     ptx::mbarrier_wait(&s.group_full, 0);
     for (int i = 0; i < task.heads; ++i) {
-      const TokenStage<T>& stage = this->wait_tokens(i);
+      const TokenStage<T>& stage = this->wait_tokens(TokenSlot<kN>(i));
       const StateStage<T, kN>& states = this->wait_states(i);
       const ResultSlot<kN> slot(i);
       ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);

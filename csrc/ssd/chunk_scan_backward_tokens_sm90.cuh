@@ -38,12 +38,12 @@ struct TokenSide : TokenGroup<T, kN> {
   MAMBA2_DEVICE void multiply_tokens(const TokenStage<T>& stage, int target) {
     this->template multiply_columns<4>(U, stage.x, stage.dy[target]);
   }
-  // U of the own block of the head after the i-th: issued. (After the last one it is computed once
-  // more and for nothing, rather than never: as many products are then always on their way.)
-  MAMBA2_DEVICE void multiply_next(int i) {
-    const int next = min(i + 1, task.heads - 1);
-    if (next > i) this->wait_tokens(next);
-    multiply_tokens(s.tokens[TokenSlot(next).stage], kOwn);
+  // U of the own block of the head after the i-th: issued. (After the last one it is computed of
+  // whatever lies there, and for nothing, rather than never: as many products are then always on
+  // their way.)
+  MAMBA2_DEVICE void multiply_next(int i, const TokenSlot& next) {
+    if (i + 1 < task.heads) this->wait_tokens(next);
+    multiply_tokens(s.tokens[next.stage], kOwn);
   }
   // dx = G B_j: issued.
   MAMBA2_DEVICE void multiply_state(Gradient& dx, const StateStage<T, kN>& states) const {
@@ -165,10 +165,12 @@ struct TokenSide : TokenGroup<T, kN> {
       tile::store_fragment(s.dx[i % Shape::kDxTiles], r, kSteps * part() + step, me);
     }
   }
-  // The i-th head, shared; its U of the own block is at hand. Leaves that of the next head.
-  MAMBA2_DEVICE void share_head(int i) {
+  // The i-th head, shared, whose tokens are `at` that place; its U of the own block is at hand.
+  // Leaves that of the next head.
+  MAMBA2_DEVICE void share_head(int i, const TokenSlot& at) {
     const ResultSlot slot(i);
-    const TokenStage<T>& stage = s.tokens[TokenSlot(i).stage];
+    const TokenSlot next = at.next();
+    const TokenStage<T>& stage = s.tokens[at.stage];
     HeadResults& results = s.results[slot.stage];  // free: wait_dx() of the last head has waited
     const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
     Rows rows = this->rows_of(stage);
@@ -186,7 +188,7 @@ struct TokenSide : TokenGroup<T, kN> {
     if (earlier())
       multiply_tokens(stage, kLater);
     else
-      multiply_next(i);
+      multiply_next(i, next);
     ptx::wgmma_wait_group<1>();
     ptx::wgmma_fence_operand(dx);
     arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
@@ -207,7 +209,7 @@ struct TokenSide : TokenGroup<T, kN> {
       load_channels(dy, stage.dy[kOwn]);
       take(other, kLater);
       multiply_weights(dx, m, other, stage.dy[kLater]);
-      multiply_next(i);
+      multiply_next(i, next);
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_fence_operand(dx);
     } else {
@@ -217,17 +219,18 @@ struct TokenSide : TokenGroup<T, kN> {
     leave_delta(rows, results);
     if (args.dx_sum) pass_on(dx, i);
     leave(stage, dx, rows, dy, i);
+    me.lane = ptx::laneid();  // anew: what follows from a kept one would cost registers
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
     this->results_full(slot);
-    arrive_warp(&s.tokens_ring.empty[TokenSlot(i).stage], me.lane);
+    arrive_warp(&s.tokens_ring.empty[at.stage], me.lane);
   }
 
   // The i-th head, alone. No product is issued before there are registers for its result: the other
   // side is at a head of its own meanwhile.
   MAMBA2_DEVICE void head(int i) {
     const ResultSlot slot(i);
-    const TokenStage<T>& stage = this->wait_tokens(i);
+    const TokenStage<T>& stage = this->wait_tokens(TokenSlot(i));
     HeadResults& results = s.results[slot.stage];
     const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
     multiply_tokens(stage, kOwn);
@@ -283,14 +286,12 @@ struct TokenSide : TokenGroup<T, kN> {
   MAMBA2_DEVICE void run() {
     this->begin();
     if constexpr (kSharers == 2) {
-      multiply_tokens(this->wait_tokens(0), kOwn);
+      TokenSlot at(0);
+      multiply_tokens(this->wait_tokens(at), kOwn);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(U);
       MAMBA2_NO_UNROLL
-      for (int i = 0; i < task.heads; ++i) {
-        me.lane = ptx::laneid();  // anew: what follows from a kept one would cost registers
-        share_head(i);
-      }
+      for (int i = 0; i < task.heads; ++i, at = at.next()) share_head(i, at);
     } else {
       MAMBA2_NO_UNROLL
       for (int i = side; i < task.heads; i += 2) head(i);
