@@ -233,9 +233,9 @@ struct TokenSide : TokenGroup<T, kN> {
     const TokenStage<T>& stage = this->wait_tokens(TokenSlot(i));
     HeadResults& results = s.results[slot.stage];
     const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
-    multiply_tokens(stage, kOwn);
     Rows rows = this->rows_of(stage);
     const auto own = this->load_columns(a_run_log2);
+    multiply_tokens(stage, kOwn);
     Fragment m, later_m;
     float columns[2 * kGroups], F[2] = {};
     ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);
@@ -259,6 +259,7 @@ struct TokenSide : TokenGroup<T, kN> {
     ptx::wgmma_fence_operand(dx);
     arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
     weigh_state(dx, F, channels, rest, rows);
+    load_channels(channels, stage.dy[kOwn]);
     ptx::wgmma_fence_operand(dx);
     const tile::MnMajor<kBlock> dy{stage.dy[kOwn]}, later_dy{stage.dy[kLater]};
     if (earlier()) {
@@ -271,7 +272,6 @@ struct TokenSide : TokenGroup<T, kN> {
       tile::product_rs<T, kHeadDim, 4>(dx, m, dy, true);
       ptx::wgmma_commit_group();
     }
-    load_channels(channels, stage.dy[kOwn]);
     leave_rows(results.V[part()], rows.V);
     leave_rows(results.F[part()], F);
     leave_delta(rows, results);
