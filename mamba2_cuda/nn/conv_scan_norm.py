@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from mamba2_cuda.ops.once import once
 from mamba2_cuda.ops.plan import current_plan
 from mamba2_cuda.ops.ssd_scan import autocast
 
@@ -17,7 +18,7 @@ from .layout import ProjectionLayout
 
 _ops = torch.ops.mamba2_cuda
 _forward = _ops.conv_scan_norm_forward.default
-_backward = _ops.conv_scan_norm_backward.default
+_backward = once("Mamba2", _ops.conv_scan_norm_backward.default)
 _mixer = _ops.mixer_forward.default
 
 
@@ -104,19 +105,6 @@ class _ConvScanNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
-        run = _ConvScanNormBackward.apply if torch.is_grad_enabled() else _backward
-        gradients = run(d_out, *ctx.saved_tensors, *ctx.options)
+        gradients = _backward(d_out, *ctx.saved_tensors, *ctx.options)
         wanted = ctx.needs_input_grad[2:9]
         return None, None, *(g if need else None for g, need in zip(gradients, wanted)), None
-
-
-class _ConvScanNormBackward(torch.autograd.Function):
-    """A Function so that a second differentiation meets it, and is refused."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("Mamba2: a second differentiation is not implemented")

@@ -4,8 +4,11 @@ import torch
 
 from mamba2_cuda._dtypes import DTYPE_CODE
 
+from .once import once
+
 _ops = torch.ops.mamba2_cuda
-_forward, _backward = _ops.add_norm_forward.default, _ops.add_norm_backward.default
+_forward = _ops.add_norm_forward.default
+_backward = once("add_norm", _ops.add_norm_backward.default)
 _in_place = _ops.add_norm_.default
 
 
@@ -62,23 +65,10 @@ class _AddNorm(torch.autograd.Function):
             dy = torch.zeros_like(residual_out)
         if ctx.x_dtype < 0:
             d_residual_out = None  # torch.compile makes up zeros for the absent output
-        run = _AddNormBackward.apply if torch.is_grad_enabled() else _backward
-        d_residual, dx, dweight = run(
+        d_residual, dx, dweight = _backward(
             dy, d_residual_out, residual_out, weight, ctx.eps, ctx.x_dtype
         )
         if ctx.x_dtype == DTYPE_CODE[residual_out.dtype]:
             dx = d_residual
         gradients, wanted = (d_residual, dx, dweight), ctx.needs_input_grad[:3]
         return *(g if need else None for g, need in zip(gradients, wanted)), None, None
-
-
-class _AddNormBackward(torch.autograd.Function):
-    """A Function so that a second differentiation meets it, and is refused."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("add_norm: a second differentiation is not implemented")

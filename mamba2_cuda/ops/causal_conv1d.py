@@ -2,6 +2,7 @@
 
 import torch
 
+from .once import once
 from .ssd_scan import autocast
 
 _ops = torch.ops.mamba2_cuda
@@ -67,6 +68,9 @@ def causal_conv1d_step(state, x, weight, bias=None, *, silu=True, state_indices=
     return _ops.causal_conv1d_step(state, x, weight, bias, silu, state_indices)
 
 
+_backward = once("causal_conv1d", _ops.causal_conv1d_backward)
+
+
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, silu, return_final_states, *inputs):
@@ -86,18 +90,6 @@ class _CausalConv1d(torch.autograd.Function):
             dy = torch.zeros_like(saved[0])
         if not ctx.return_final_states:
             d_final_states = None  # torch.compile makes up zeros for the absent output
-        gradients = _CausalConv1dBackward.apply(dy, d_final_states, *saved, ctx.silu)
+        gradients = _backward(dy, d_final_states, *saved, ctx.silu, None)
         wanted = ctx.needs_input_grad[2:6]
         return None, None, *(g if need else None for g, need in zip(gradients, wanted)), None
-
-
-class _CausalConv1dBackward(torch.autograd.Function):
-    """A Function so that a second differentiation meets it, and is refused."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _ops.causal_conv1d_backward(*arguments, None)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("causal_conv1d: a second differentiation is not implemented")

@@ -2,6 +2,8 @@
 
 import torch
 
+from .once import once
+
 _ops = torch.ops.mamba2_cuda
 
 
@@ -45,6 +47,9 @@ def as_rows(t):
     return t.unsqueeze(-2) if t.dim() == 2 else t.reshape(1, -1, t.shape[-1])
 
 
+_backward = once("gated_rmsnorm", _ops.gated_rmsnorm_backward)
+
+
 class _GatedRmsnorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, z, *options):
@@ -54,18 +59,6 @@ class _GatedRmsnorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        gradients = _GatedRmsnormBackward.apply(dy, *ctx.saved_tensors, *ctx.options)
+        gradients = _backward(dy, *ctx.saved_tensors, *ctx.options, None, None)
         wanted = ctx.needs_input_grad[:3]
         return *(g if need else None for g, need in zip(gradients, wanted)), None, None, None
-
-
-class _GatedRmsnormBackward(torch.autograd.Function):
-    """A Function so that a second differentiation meets it, and is refused."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _ops.gated_rmsnorm_backward(*arguments, None, None)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("gated_rmsnorm: a second differentiation is not implemented")

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .once import once
 from .plan import current_plan
 
 _ops = torch.ops.mamba2_cuda
@@ -84,6 +85,9 @@ def autocast_dtype(t):
     return torch.get_autocast_dtype(device)
 
 
+_backward = once("ssd_scan", _ops.ssd_scan_backward)
+
+
 class _SsdScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_options, return_final_states, save_states, plan, *inputs):
@@ -105,7 +109,7 @@ class _SsdScan(torch.autograd.Function):
             dy = torch.zeros_like(saved[0])
         if not ctx.return_final_states:
             d_final_states = None  # torch.compile makes up zeros for the absent output
-        gradients = _SsdScanBackward.apply(dy, d_final_states, *saved, *ctx.options)
+        gradients = _backward(dy, d_final_states, *saved, *ctx.options)
         wanted = ctx.needs_input_grad[4:13]
         return (
             *(None,) * 4,
@@ -113,15 +117,3 @@ class _SsdScan(torch.autograd.Function):
             None,
             None,
         )
-
-
-class _SsdScanBackward(torch.autograd.Function):
-    """A Function so that a second differentiation meets it, and is refused."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _ops.ssd_scan_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("ssd_scan: a second differentiation is not implemented")

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .once import once
 from .plan import current_plan
 from .ssd_scan import autocast
 
@@ -36,6 +37,9 @@ def ssd_segment_state(x, dt, A, B, *, dt_bias=None, dt_softplus=False, dt_limit=
     return _SsdSegmentState.apply(x, dt, A, B, dt_bias, dt_softplus, *dt_limit, current_plan())
 
 
+_backward = once("ssd_segment_state", _ops.ssd_segment_state_backward)
+
+
 class _SsdSegmentState(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, dt_bias, dt_softplus, dt_min, dt_max, plan):
@@ -45,20 +49,6 @@ class _SsdSegmentState(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_state, d_log_decay):
-        gradients = _SsdSegmentStateBackward.apply(
-            d_state, d_log_decay, *ctx.saved_tensors, *ctx.options
-        )
+        gradients = _backward(d_state, d_log_decay, *ctx.saved_tensors, *ctx.options)
         wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
         return (*wanted, *(None,) * 4)
-
-
-class _SsdSegmentStateBackward(torch.autograd.Function):
-    """A Function so that a second differentiation meets it, and is refused."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _ops.ssd_segment_state_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("ssd_segment_state: a second differentiation is not implemented")
