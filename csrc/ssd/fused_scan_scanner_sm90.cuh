@@ -185,9 +185,10 @@ struct Scanner : StateEnds<kN, kPadded> {
   MAMBA2_DEVICE void weigh_backwards(Tokens& weighted, const T* s_x,
                                      tile::RingPosition<kBuffers>& from, float& through_log2) {
     const auto& weights = s.weights[from.stage];
-    s.weights_ring.wait_full(from);
+    if (args.chunking.table) s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
     Tokens x;
     tile::load_transposed<kQ / 16>(x, s_x, me);
+    s.weights_ring.wait_full(from);
     weigh_inputs<true>(weighted, x, weights.input_weight[half], ptx::ex2(through_log2));
     through_log2 += weights.a_log2[half][kQ - 1];
     s.weights_ring.release(from);
