@@ -32,6 +32,10 @@ struct StateEnds {
     const int p = unit.p_block * kP + me.row(r);
     return kPadded && p >= args.p ? args.p - 1 : p;
   }
+  // Whether the columns of elements e and e + 1 are the tensors', and not what pads n to 64.
+  MAMBA2_DEVICE bool has_columns(int e) const {
+    return !kPadded || kN > 64 || me.column(e / 4) < args.n;
+  }
   MAMBA2_DEVICE int64_t state_offset(int i_seq, int e) const {  // into (nseq, h, p, n)
     const int p = channel((e >> 1) & 1), n = part * kColumns + me.column(e / 4);
     return ((int64_t(i_seq) * args.h + unit.head) * args.p + p) * args.n + n;
@@ -53,6 +57,7 @@ struct StateEnds {
     if (!args.initial_states || !unit.active) return;
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; e += 2) {
+      if (!has_columns(e)) continue;  // they stay zero, as those of B and C
       const int64_t at = state_offset(i_seq, e);
       S[e] = fmaf(decay, mamba2::load<float>(args.initial_states, at), S[e]);
       S[e + 1] = fmaf(decay, mamba2::load<float>(args.initial_states, at + 1), S[e + 1]);
@@ -61,7 +66,7 @@ struct StateEnds {
   MAMBA2_DEVICE void finish_sequence(const State& S, int i_seq) const {
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; e += 2)
-      if (!kPadded || exists((e >> 1) & 1))
+      if (!kPadded || (exists((e >> 1) & 1) && has_columns(e)))
         *reinterpret_cast<float2*>(args.final_states + state_offset(i_seq, e)) =
             make_float2(S[e], S[e + 1]);
   }

@@ -68,7 +68,7 @@ int run_mode(const FusedScanArgs& args, bool gate, int sm_count, void* stream) {
 
 template <class T, bool kPadded>
 int run_n(const FusedScanArgs& args, bool gate, int sm_count, void* stream) {
-  if (args.n == 64) return run_mode<T, 64, kPadded>(args, gate, sm_count, stream);
+  if (args.n <= 64) return run_mode<T, 64, kPadded>(args, gate, sm_count, stream);
   if (args.n == 128) return run_mode<T, 128, kPadded>(args, gate, sm_count, stream);
   return run_mode<T, 256, kPadded>(args, gate, sm_count, stream);
 }

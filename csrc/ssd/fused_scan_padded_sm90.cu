@@ -1,4 +1,4 @@
-// Instances of fused_scan (sm_90a) for the other p, whose last unit is padded.
+// Instances of fused_scan (sm_90a) for the other p, whose last unit is padded, and n < 64.
 #include "fused_scan_launch_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {

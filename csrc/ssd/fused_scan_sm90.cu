@@ -22,8 +22,9 @@ int clear_words(int* words, int count, void* stream) {
 
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, int sm_count, void* stream) {
   const Range range("fused_scan");
-  return args.p % kP == 0 ? run_dtype<false>(args, dtype, gate, sm_count, stream)
-                          : fused_scan_padded(args, dtype, gate, sm_count, stream);
+  return args.p % kP == 0 && args.n == padded_n(args.n)
+             ? run_dtype<false>(args, dtype, gate, sm_count, stream)
+             : fused_scan_padded(args, dtype, gate, sm_count, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

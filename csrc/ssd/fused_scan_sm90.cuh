@@ -32,7 +32,7 @@
 // weights and of y: 218 KB at n = 128, 199 at n = 256. Registers: scorer 96, scanner 184.
 // Bound: tensor pipe, HBM, shared memory and issue slots within 1.5x of each other; see
 // docs/kernels.md.
-// Not supported: p not a multiple of 8, n not 64, 128 or 256, 32-bit types.
+// Not supported: p or n not a multiple of 8, n over 64 but 128 and 256, 32-bit types.
 #pragma once
 #include "../tile/sm90.cuh"
 #include "chunks.cuh"

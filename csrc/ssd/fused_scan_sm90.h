@@ -6,7 +6,7 @@ namespace mamba2::ssd::sm90 {
 
 // One pass over all tasks.
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, int sm_count, void* stream);
-// The same where 64 does not divide p; fused_scan calls it.
+// The same where 64 does not divide p, or n is less; fused_scan calls it.
 int fused_scan_padded(const FusedScanArgs& args, DType dtype, bool gate, int sm_count,
                       void* stream);
 

@@ -24,13 +24,14 @@ bool is_built() {
 
 // Only exactly 9.0 runs this code: later cards have no wgmma. Both directions pad p to 64: from p
 // 32 on the forward is still faster than the portable path, which pads less (docs/kernels.md has
-// the times).
+// the times). The forward pads n to 64 as well.
 bool supports(const Problem& problem, const Device& device) {
   const Shape& s = problem.shape;
   const bool card = device.major == 9 && device.minor == 0 && is_built();
   const bool type = problem.dtype == DType::bf16 || problem.dtype == DType::f16;
   const bool heads = s.p % 8 == 0 && s.p >= 32 && s.p <= 256;
-  return card && type && heads && (s.n == 64 || s.n == 128 || s.n == 256);
+  const bool padded = !problem.backward && s.n < 64 && s.n % 8 == 0 && s.n > 0;
+  return card && type && heads && (padded || s.n == 64 || s.n == 128 || s.n == 256);
 }
 
 namespace {
@@ -126,7 +127,7 @@ void plan_forward(const Problem& problem, const Device& device, Plan* plan) {
   w.chunks_per_row = std::max<int64_t>(1, shape.chunks(kQ) / w.rows);
   w.pairs = shape.g * ceil_div(units / shape.g, units_per_block(shape.n));
   w.sms = std::max(1, device.sm_count);
-  w.state_bytes = 4.0 * units * kP * shape.n;
+  w.state_bytes = 4.0 * units * kP * padded_n(shape.n);
   plan->q = kQ;
 
   const int64_t longest = std::min<int64_t>(w.chunks_per_row, 256);

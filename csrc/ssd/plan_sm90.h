@@ -11,6 +11,10 @@ constexpr int kTickets = 1, kSegments = 2, kPrefixes = 3;
 // n = 256 one, whose state takes the registers of both scanners.
 constexpr int units_per_block(int n) { return n > 128 ? 1 : 2; }
 
+// The columns that a state has in registers and in carries: n < 64 is padded with zero columns of B
+// and C, which TMA fills in.
+constexpr int padded_n(int n) { return n < 64 ? 64 : n; }
+
 // Whether this build has code for 9.0a, the only one in which this tier's kernels have bodies
 // (MAMBA2_SM90A). A build for the CPU, asked about a card, answers as if it had.
 bool is_built();

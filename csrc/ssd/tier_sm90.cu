@@ -43,7 +43,7 @@ struct Layout {
     chunking = memory.take(chunking_bytes(shape, kQ));
     kept_chunking = memory.take(keeps ? chunking_bytes(shape, kKeptQ) : 0);
     words = memory.take_array<int>(word_count);
-    carry = memory.take_array<float>(slots * units * kP * shape.n);
+    carry = memory.take_array<float>(slots * units * kP * padded_n(shape.n));
     through_log2 = memory.take_array<float>(passes ? in_row * units : 0);
   }
 };
@@ -135,8 +135,8 @@ int forward(const ForwardParams& params, const Plan& chosen, const Device& devic
     args.tasks = at.tasks, args.pass_one = false;
     args.carry_is_sum = at.segments > kFewSegments;
     if (args.carry_is_sum) {
-      if (int e =
-              segment_scan(args.carry, args.through_log2, at.segments, at.units, shape.n, stream))
+      if (int e = segment_scan(args.carry, args.through_log2, at.segments, at.units,
+                               padded_n(shape.n), stream))
         return e;
     }
   }

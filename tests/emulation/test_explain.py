@@ -46,7 +46,7 @@ def test_stages_are_those_of_the_equation(ask):
     assert stages(any_type) == ["chunk_state", "state_passing", "chunk_scan"]
 
 
-@pytest.mark.parametrize("p, n", [(64, 256), (80, 128), (32, 64), (40, 256)])
+@pytest.mark.parametrize("p, n", [(64, 256), (80, 128), (32, 64), (40, 256), (64, 16), (80, 40)])
 def test_the_forward_of_sm90_takes_what_it_pads_and_splits(ask, p, n):
     assert "fused_scan" in stages(ask(2, 300, 4, p, 1, n))
     assert "fused_scan" not in stages(ask(2, 300, 4, p, 1, n, card=(8, 0, 108)))

@@ -75,7 +75,7 @@ def random_case(r):
         h=g * r.choice((1, 1, 2, 3, 4, 5)),
         p=r.choice((64, 64, 64, 32, 80, 128, 40)),
         g=g,
-        n=r.choice((64, 128, 256, 256)),
+        n=r.choice((16, 32, 64, 128, 256, 256)),
         # Of steep heads dx and d_dt are of sizes that fp16 does not hold.
         dtype=torch.bfloat16 if decay == "steep" else r.choice((torch.bfloat16, torch.float16)),
         dt_dtype=torch.float32 if decay == "steep" else r.choice((None, None, torch.float32)),

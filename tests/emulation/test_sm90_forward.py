@@ -33,6 +33,11 @@ CASES = {
     "p 80, sliced": dict(p=80, l=97, sliced=True, z=True, D="hp", seed=17),
     "p 32, packed": dict(p=32, cu_seqlens=(3, 6, 6, 71, 120), initial_states="x", seed=18),
     "p 40, odd heads": dict(p=40, h=3, l=97, D="hp", initial_states="working", seed=19),
+    "n 16, states": dict(n=16, l=97, h=3, initial_states="working", z=True, seed=21),
+    "n 40, two rows, groups": dict(n=40, b=2, l=70, h=4, g=2, initial_states="x", D="hp", seed=22),
+    "n 8, p 80, packed": dict(
+        n=8, p=80, cu_seqlens=(3, 6, 6, 71, 120), initial_states="working", seed=23
+    ),
     "n 256": dict(n=256, l=200, initial_states="x", seed=12),
     "n 256, two rows, ragged, gate": dict(n=256, b=2, l=97, z=True, D="hp", seed=13),
     "n 256, packed": dict(n=256, cu_seqlens=(3, 6, 6, 71, 120), initial_states="working", seed=14),
@@ -56,6 +61,7 @@ PREFIX_CASES = {
     "n 256, resets": (dict(n=256, l=260, h=3, seq_idx=True, initial_states="working", seed=4), 8),
     "p 80, gate": (dict(p=80, l=200, z=True, D="hp", initial_states="working", seed=5), 5),
     "groups, strong decay": (dict(h=4, g=2, l=300, decay="strong", seed=6), 5),
+    "n 32, strong decay": (dict(n=32, l=200, decay="strong", initial_states="x", seed=7), 4),
     # Two stages, and runs so short that a loader waits for a stage at each.
     "n 256, short runs": (dict(b=1, l=150, h=2, n=256, seed=40), 4),
     "z, short runs": (dict(b=1, l=191, h=3, n=128, z=True, seed=41), 4),
@@ -70,13 +76,14 @@ def test_prefixes(emulated, name):
     check(run_ops(emulated.ops, plan=PREFIXES), dataclasses.replace(BASE, **change))
 
 
-def test_many_segments(emulated):
+@pytest.mark.parametrize("n", [64, 24])
+def test_many_segments(emulated, n):
     """More than pass two adds up by itself: segment_scan does."""
     emulated.schedule(seed=3, timing="random", sms=16)
-    check(run_ops(emulated.ops, plan=SEGMENTS), dataclasses.replace(BASE, l=1000, seed=12))
+    check(run_ops(emulated.ops, plan=SEGMENTS), dataclasses.replace(BASE, l=1000, n=n, seed=12))
 
 
-@pytest.mark.parametrize("p, n", [(64, 256), (80, 64)])
+@pytest.mark.parametrize("p, n", [(64, 256), (80, 64), (64, 32)])
 def test_another_tier_runs_the_backward(emulated, p, n):
     """Unforced, and asked to keep states, of which this forward has none to give."""
     case = dataclasses.replace(BASE, l=70, p=p, n=n, save_states=True)
