@@ -73,14 +73,18 @@ def make_inputs(case, device="cpu"):
     return inputs
 
 
-def expected(case, inputs):
-    """In fp64, but for the normed row, which is rounded to weight's dtype."""
-    exact = {k: v.double() for k, v in inputs.items()}
-    v = reference.gated_rmsnorm(
+def normed_rows(case, exact):
+    """What the projection is of."""
+    return reference.gated_rmsnorm(
         exact["x"], exact["norm_weight"], exact.get("z"), group_size=case.group_size,
         norm_before_gate=case.norm_before_gate,
     )  # fmt: skip
-    y = v.to(case.dtype).double() @ exact["weight"].T
+
+
+def expected(case, inputs):
+    """In fp64, but for the normed row, which is rounded to weight's dtype."""
+    exact = {k: v.double() for k, v in inputs.items()}
+    y = normed_rows(case, exact).to(case.dtype).double() @ exact["weight"].T
     return sum((exact[k] for k in ("bias", "residual") if k in inputs), y)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from layers import PRECISION
-from test_norm_linear import BF16, F16, F32, F64, Case, make_inputs
+from test_norm_linear import BF16, F16, F32, F64, Case, make_inputs, normed_rows
 
 from mamba2_cuda import reference
 from mamba2_cuda._dtypes import DTYPE_CODE
@@ -44,11 +44,7 @@ def make_more_inputs(case, device="cpu"):
 def expected(case, inputs):
     """The product, the residual with it, and its norm, in fp64 without rounding."""
     exact = {k: v.double() for k, v in inputs.items()}
-    v = reference.gated_rmsnorm(
-        exact["x"], exact["norm_weight"], exact.get("z"), group_size=case.group_size,
-        norm_before_gate=case.norm_before_gate,
-    )  # fmt: skip
-    product = v @ exact["weight"].T + exact.get("bias", 0)
+    product = normed_rows(case, exact) @ exact["weight"].T + exact.get("bias", 0)
     residual = exact["residual"] + product
     y = reference.gated_rmsnorm(residual, exact["next_weight"], eps=NEXT_EPS)
     return product, residual, y

@@ -15,6 +15,7 @@
 // Deterministic; a row's result does not depend on the others.
 #include "norm_linear_add_norm.h"
 
+#include "../add_norm/add_norm.cuh"
 #include "../core/activations.cuh"
 #include "../core/launch.h"
 #include "row_product.cuh"
@@ -172,16 +173,6 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 2)
 constexpr int kMaxThreads = 512;
 constexpr int kSumVec = 4;
 
-MAMBA2_DEVICE float sum_over_block(float v, float* s_sums) {
-  MAMBA2_UNROLL
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
-  if (threadIdx.x % 32 == 0) s_sums[threadIdx.x / 32] = v;
-  __syncthreads();
-  float sum = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) sum += s_sums[w];
-  return sum;
-}
-
 struct SumParams {
   Parts parts;
   int slices;
@@ -247,7 +238,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
   for (int s = 0; s < kMaxSlices; ++s) {
     if (s < params.slices) squares += params.parts.squares[s * next.b + row];
   }
-  const float scale = 1.f / sqrtf(squares / float(params.product_d) + float(params.product_eps));
+  const float scale = add_norm::inverse_rms(squares, params.product_d, params.product_eps);
   MAMBA2_NO_UNROLL
   for (int k = own_k + slab; k < next.d; k += slab) {
     Summands others;
@@ -259,8 +250,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kMaxThreads, 1)
     sum += own.add(scale, v);
     store_vector(g_residual + own_k, v);
   }
-  sum = sum_over_block(sum, s_sums);
-  const float r = 1.f / sqrtf(sum / float(next.d) + float(next.eps));
+  sum = add_norm::sum_over_block(sum, s_sums);
+  const float r = add_norm::inverse_rms(sum, next.d, next.eps);
   MAMBA2_NO_UNROLL
   for (int k = own_k; k < next.d; k += slab) {
     if (k != own_k) {
