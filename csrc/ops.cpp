@@ -156,6 +156,8 @@ STABLE_TORCH_LIBRARY(MAMBA2_OP_NAMESPACE, m) {
   m.def(
       "linear_rows(Tensor x, Tensor weight, Tensor(a!)? conv_state, Tensor? conv_weight, "
       "Tensor? conv_bias, int conv_first, bool silu, bool early_weights) -> Tensor y");
+  // Whether its blocks are so few that an H100 or H200 runs all of them at once.
+  m.def("linear_rows_at_once(int b, int o) -> bool");
 
   // The residual takes what a layer adds to it, x of its shape (..., d), and is normed for the next
   // layer: residual_out = residual + x, of residual's dtype and absent without x; y is the norm of

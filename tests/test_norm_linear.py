@@ -8,7 +8,7 @@ import torch
 from layers import PRECISION
 
 from mamba2_cuda import reference
-from mamba2_cuda.ops import linear_rows, norm_linear
+from mamba2_cuda.ops import linear_rows, linear_rows_at_once, norm_linear
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -205,6 +205,12 @@ def test_linear_rows(sizes, device, ops, nan_filled):
     x, weight = (torch.ones(*s, d, device=device, dtype=BF16) for s in ((b,), (o,)))
     arguments = (x, weight, None, None, None, 0, False, False)
     torch.library.opcheck(ops.linear_rows.default, arguments)
+
+
+def test_linear_rows_at_once():
+    """132 SMs, a block of 64 rows and 32 outputs on each."""
+    assert linear_rows_at_once(64, 132 * 32) and linear_rows_at_once(128, 66 * 32)
+    assert not (linear_rows_at_once(65, 132 * 32) or linear_rows_at_once(64, 132 * 32 + 8))
 
 
 @pytest.mark.parametrize("sizes", CONVOLVED.values(), ids=CONVOLVED)

@@ -12,6 +12,7 @@ namespace mamba2 {
 struct Card {
   int major = 0, minor = 0;  // compute capability
   int sm_count = 1;
+  int max_smem_bytes = 0;  // of a block that asks for them
 };
 
 // While it lives, the device of `t` is the current one; kernels go to PyTorch's current stream of

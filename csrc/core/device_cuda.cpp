@@ -38,6 +38,7 @@ Card read_card(int32_t device) {
   read(cudaDevAttrComputeCapabilityMajor, card.major);
   read(cudaDevAttrComputeCapabilityMinor, card.minor);
   read(cudaDevAttrMultiProcessorCount, card.sm_count);
+  read(cudaDevAttrMaxSharedMemoryPerBlockOptin, card.max_smem_bytes);
   return card;
 }
 

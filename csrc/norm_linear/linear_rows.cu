@@ -13,7 +13,7 @@
 namespace mamba2::norm_linear {
 namespace {
 
-constexpr int kOutputs = 32, kChunk = 128;
+constexpr int kOutputs = kOutputsOfBlock, kChunk = 128;
 constexpr int kManyStages = 6, kFewStages = 4;  // 144 KB of shared memory, or what any card has
 
 struct Stage {
@@ -147,9 +147,10 @@ int run_as(const Params& params, const ConvStep& conv, void* stream) {
 
 }  // namespace
 
-int run_linear_rows(const Params& params, const ConvStep& conv, bool much_smem, void* stream) {
-  return much_smem ? run_as<kManyStages>(params, conv, stream)
-                   : run_as<kFewStages>(params, conv, stream);
+int run_linear_rows(const Params& params, const ConvStep& conv, int max_smem_bytes, void* stream) {
+  const bool has_many = max_smem_bytes >= int{sizeof(Stage)} * kManyStages;
+  return has_many ? run_as<kManyStages>(params, conv, stream)
+                  : run_as<kFewStages>(params, conv, stream);
 }
 
 }  // namespace mamba2::norm_linear

@@ -90,4 +90,8 @@ RowsCall prepare_rows(const RowsArguments& a) {
   return call;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(MAMBA2_OP_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("linear_rows_at_once", TORCH_BOX(&runs_at_once));
+}
+
 }  // namespace mamba2::norm_linear

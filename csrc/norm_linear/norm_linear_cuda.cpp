@@ -30,15 +30,10 @@ void run_with_norm(const CallWithNorm& call, const Tensor& x) {
   }
 }
 
-// Whether a block may have 160 KB of shared memory: the cards of data centres.
-bool has_much_smem(const Card& card) {
-  return card.major == 8 ? card.minor == 0 : card.major == 9 || card.major == 10;
-}
-
 void run_rows_call(const RowsCall& call, const Tensor& x) {
   const OnDevice at(x);
   at.check_launch("linear_rows",
-                  run_linear_rows(call.params, call.conv, has_much_smem(at.card()), at.stream()));
+                  run_linear_rows(call.params, call.conv, at.card().max_smem_bytes, at.stream()));
 }
 
 }  // namespace

@@ -6,14 +6,13 @@
 #include "../core/vectors.cuh"
 #include "../tile/sm80.cuh"
 #include "norm_linear.h"
+#include "row_product.h"
 
 namespace mamba2::norm_linear {
 
 using T = bf16;
-constexpr int kRows = 64;  // of a block
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kVec = tile::kUnit;  // channels of a copy
-constexpr int kSms = 132;  // of an H100 or H200, whatever the card: results must not depend on it
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Grid: (tiles of outputs, ..., tiles of rows).

@@ -158,12 +158,10 @@ class Mamba2(nn.Module):
         return Unprojected(y, z, self.norm, self.out_proj)
 
     def convolves_rows(self, u, cache):
-        """Whether linear_rows takes in_proj and the convolution, and all its blocks at once: with
-        more of them a library's product and the convolution alone are faster."""
+        """Whether linear_rows takes in_proj and the convolution, and is faster than both alone."""
         weight, conv, layout = self.in_proj.weight, self.conv1d, self.layout
-        blocks = math.ceil(layout.width / 32) * math.ceil(len(u) / 64)
         return (
-            blocks <= 132
+            functional.linear_rows_at_once(len(u), layout.width)
             and is_bare(self.in_proj, torch.bfloat16)
             and weight.size(0) % 8 == weight.size(1) % 8 == 0
             and layout.d_inner % 2 == layout.conv_channels % 2 == 0

@@ -10,6 +10,7 @@ from mamba2_cuda.ops.cross_entropy import cross_entropy  # noqa: E402
 from mamba2_cuda.ops.gated_rmsnorm import gated_rmsnorm  # noqa: E402
 from mamba2_cuda.ops.norm_linear import (  # noqa: E402
     linear_rows,
+    linear_rows_at_once,
     norm_linear,
     norm_linear_add_norm_,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "gated_rmsnorm",
     "linear_rows",
+    "linear_rows_at_once",
     "norm_linear",
     "norm_linear_add_norm_",
     "ssd_scan",

@@ -1,5 +1,7 @@
 """norm_linear: a norm and the projection behind it, in one kernel, for the few rows of decoding."""
 
+from functools import cache
+
 import torch
 
 from mamba2_cuda._dtypes import DTYPE_CODE
@@ -65,6 +67,13 @@ def norm_linear_add_norm_(
         x.shape[-1] if group_size is None else group_size, norm_before_gate, next_eps,
         DTYPE_CODE[dtype or next_weight.dtype], early_weights,
     )  # fmt: skip
+
+
+@cache
+def linear_rows_at_once(b, o):
+    """Whether linear_rows of b rows and o outputs has so few blocks that all of them run at once:
+    with more, a library's product is faster."""
+    return _ops.linear_rows_at_once.default(b, o)
 
 
 def linear_rows(

@@ -1,5 +1,5 @@
 // core/device.h for the host emulation, in place of core/device_cuda.cpp: one card, of compute
-// capability 9.0 unless a test wants another, with few SMs, no stream, no device to guard.
+// capability 9.0, with few SMs, no stream, no device to guard.
 #include "../../csrc/core/device.h"
 #include "../../csrc/core/launch.h"
 
@@ -7,7 +7,7 @@ namespace mamba2 {
 namespace {
 
 Card& emulated_card() {
-  static Card card{9, 0, 4};
+  static Card card{9, 0, 4, 0};
   return card;
 }
 
@@ -26,17 +26,12 @@ void OnDevice::check_launch(const char* op, int error) const {
 
 // How the next launches run; tests call it through ctypes.
 extern "C" __attribute__((visibility("default"))) void mamba2_emulation_schedule(
-    uint64_t seed, int timing, int resident_blocks, int sm_count) {
+    uint64_t seed, int timing, int resident_blocks, int sm_count, int max_smem_bytes) {
   auto& o = mamba2::emulation::options();
   o.seed = seed;
   o.launches = 0;
   o.timing = static_cast<mamba2::emulation::Timing>(timing);
   o.resident_blocks = resident_blocks;
   mamba2::emulated_card().sm_count = sm_count;
-}
-
-extern "C" __attribute__((visibility("default"))) void mamba2_emulation_capability(int major,
-                                                                                   int minor) {
-  mamba2::emulated_card().major = major;
-  mamba2::emulated_card().minor = minor;
+  mamba2::emulated_card().max_smem_bytes = max_smem_bytes;
 }
