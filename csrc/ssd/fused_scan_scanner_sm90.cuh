@@ -1,6 +1,7 @@
 // A scanner warpgroup of fused_scan (sm_90a): one unit's chunks in order, its state in registers.
 // With n = 256 two scanners share a unit: each has half the columns of the state and finishes y of
-// half the tokens; what its columns give to y of the other tokens goes to the other scanner.
+// half the tokens; what its columns give to y of the other tokens goes to the other scanner, which
+// adds it under its next chunk's first product. Each takes its own tokens first.
 #pragma once
 #include "formulas.cuh"
 #include "fused_scan_ends_sm90.cuh"
@@ -15,10 +16,17 @@ struct Scanner : StateEnds<kN, kPadded> {
   using Ends::kUnits, Ends::kParts, Ends::kColumns;
   using typename Ends::State;
   static constexpr int kTokens = kQ / kParts;
-  using Product = float[kQ / 2];      // (64 p, 64 tokens)
-  using Output = float[kTokens / 2];  // (64 p, own tokens)
-  using Tokens = uint32_t[kQ / 4];    // x of the chunk, transposed: A fragments (p, tokens)
-  using OwnTokens = uint32_t[kTokens / 4];
+  using Output = float[kTokens / 2];             // (64 p, tokens of one scanner)
+  using OwnTokens = uint32_t[kTokens / 4];       // of x, y or z: A fragments (p, own tokens)
+  using Tokens = uint32_t[kParts][kTokens / 4];  // of x, the own ones first
+  struct Rounded {                               // What is left of a chunk when the next begins:
+    OwnTokens y;                                 // y,
+  };
+  struct Unfinished {
+    Output y;     // or, until the other scanner's part is added,
+    OwnTokens z;  // also what gates it.
+  };
+  using Before = std::conditional_t<kParts == 1, Rounded, Unfinished>;
 
   Smem& s;
   tile::RingPosition<1> exchanged{};
@@ -27,39 +35,53 @@ struct Scanner : StateEnds<kN, kPadded> {
       : Ends(args, scanner, thread), s(s) {}
 
   // ---- the steps of a chunk ----
+  // The first token of the own ones (i = 0) or of the other scanner's.
+  MAMBA2_DEVICE int first_token(int i) const { return kParts == 1 ? 0 : kTokens * (part ^ i); }
+
+  MAMBA2_DEVICE void load_tokens(Tokens& x, const T* s_x) const {
+    MAMBA2_UNROLL
+    for (int i = 0; i < kParts; ++i)
+      tile::load_transposed<kTokens / 16>(x[i], s_x + first_token(i) * kP, me);
+  }
   // w_j x_j, rounded: the A fragments of what enters the state. decay: what is left of it later.
   template <bool kDecays>
   MAMBA2_DEVICE void weigh_inputs(Tokens& weighted, const Tokens& x,
                                   const TokenValues& input_weight, float decay = 1.f) const {
     MAMBA2_UNROLL
-    for (int step = 0; step < kQ / 16; ++step) {
-      float4 w = input_weight.of_lane(me.lane, step);
+    for (int k = 0; k < kParts * kTokens / 16; ++k) {
+      const int part_of = k / (kTokens / 16), step = k % (kTokens / 16);
+      float4 w = input_weight.of_lane(me.lane, first_token(part_of) / 16 + step);
       if constexpr (kDecays) w.x *= decay, w.y *= decay, w.z *= decay, w.w *= decay;
       MAMBA2_UNROLL
       for (int i = 0; i < 4; ++i) {  // rows: i % 2, columns: i / 2
-        const float2 v = unpack2<T>(x[4 * step + i]);
-        weighted[4 * step + i] = pack2<T>(v.x * (i < 2 ? w.x : w.z), v.y * (i < 2 ? w.y : w.w));
+        const float2 v = unpack2<T>(x[part_of][4 * step + i]);
+        weighted[part_of][4 * step + i] =
+            pack2<T>(v.x * (i < 2 ? w.x : w.z), v.y * (i < 2 ? w.y : w.w));
+      }
+    }
+  }
+  // f(value, 2^a_i, index) for all of one scanner's tokens.
+  template <class F>
+  MAMBA2_DEVICE void for_decays(Output& Y, const TokenValues& row_decay, int i_part, F f) const {
+    MAMBA2_UNROLL
+    for (int step = 0; step < kTokens / 16; ++step) {
+      const float4 w = row_decay.of_lane(me.lane, first_token(i_part) / 16 + step);
+      MAMBA2_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int k = 2 * (4 * step + i);
+        Y[k] = f(Y[k], i < 2 ? w.x : w.z, k), Y[k + 1] = f(Y[k + 1], i < 2 ? w.y : w.w, k + 1);
       }
     }
   }
   // Y = 2^a_i Y + D x
   MAMBA2_DEVICE void decay_and_skip(Output& Y, const OwnTokens& x,
                                     const TokenValues& row_decay) const {
-    MAMBA2_UNROLL
-    for (int step = 0; step < kTokens / 16; ++step) {
-      const float4 w = row_decay.of_lane(me.lane, part * (kTokens / 16) + step);
-      MAMBA2_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int k = 4 * step + i;
-        const float2 v = unpack2<T>(x[k]);
-        Y[2 * k] = fmaf(D[i % 2], v.x, Y[2 * k] * (i < 2 ? w.x : w.z));
-        Y[2 * k + 1] = fmaf(D[i % 2], v.y, Y[2 * k + 1] * (i < 2 ? w.y : w.w));
-      }
-    }
+    for_decays(Y, row_decay, 0, [&](float y, float decay, int k) {
+      const float2 v = unpack2<T>(x[k / 2]);
+      return fmaf(D[k / 2 % 2], k % 2 ? v.y : v.x, y * decay);
+    });
   }
-  MAMBA2_DEVICE void gate(Output& Y, const T* s_z) const {
-    OwnTokens z;
-    tile::load_transposed<kTokens / 16>(z, s_z + part * kTokens * kP, me);
+  MAMBA2_DEVICE void gate(Output& Y, const OwnTokens& z) const {
     MAMBA2_UNROLL
     for (int k = 0; k < kTokens / 4; ++k) {
       const float2 v = unpack2<T>(z[k]);
@@ -67,52 +89,33 @@ struct Scanner : StateEnds<kN, kPadded> {
     }
   }
   // ---- two scanners of one unit ----
-  // Of what all tokens have: the own ones, to the front.
-  template <class Value, int kAll>
-  MAMBA2_DEVICE void keep_own(Value (&all)[kAll]) const {
-    MAMBA2_UNROLL
-    for (int i = 0; i < kAll / 2; ++i) all[i] = part ? all[kAll / 2 + i] : all[i];
-  }
-  // The other scanner's tokens of S C^T to it, in the order of registers.
-  MAMBA2_DEVICE void send(const Product& SC) const {
+  // What the own columns give to y of the other's tokens, in the order of registers.
+  MAMBA2_DEVICE void send(const Output& Y) const {
     s.exchange.ring[part].wait_empty(exchanged);
     float* to = s.exchange.partial[part] + thread * 4;
     MAMBA2_UNROLL
     for (int e = 0; e < kTokens / 2; e += 4)
       *reinterpret_cast<float4*>(to + e * tile::kWarpgroup) =
-          part ? make_float4(SC[e], SC[e + 1], SC[e + 2], SC[e + 3])
-               : make_float4(SC[kTokens / 2 + e], SC[kTokens / 2 + e + 1], SC[kTokens / 2 + e + 2],
-                             SC[kTokens / 2 + e + 3]);
+          make_float4(Y[e], Y[e + 1], Y[e + 2], Y[e + 3]);
     s.exchange.ring[part].fill(exchanged);
   }
-  MAMBA2_DEVICE void receive(Output& sent) {
+  MAMBA2_DEVICE void add_sent(Output& Y) {
     const int other = 1 - part;
     s.exchange.ring[other].wait_full(exchanged);
     const float* from = s.exchange.partial[other] + thread * 4;
     MAMBA2_UNROLL
     for (int e = 0; e < kTokens / 2; e += 4) {
       const float4 v = *reinterpret_cast<const float4*>(from + e * tile::kWarpgroup);
-      sent[e] = v.x, sent[e + 1] = v.y, sent[e + 2] = v.z, sent[e + 3] = v.w;
+      Y[e] += v.x, Y[e + 1] += v.y, Y[e + 2] += v.z, Y[e + 3] += v.w;
     }
     s.exchange.ring[other].release(exchanged);
     exchanged.advance();
   }
-  MAMBA2_DEVICE void add_decayed(Output& Y, const Output& sent,
-                                 const TokenValues& row_decay) const {
-    MAMBA2_UNROLL
-    for (int e = 0; e < kTokens / 2; e += 8) {
-      const float4 w = row_decay.of_lane(me.lane, part * (kTokens / 16) + e / 8);
-      MAMBA2_UNROLL
-      for (int i = e; i < e + 8; i += 2) {
-        Y[i] = fmaf(i % 8 < 4 ? w.x : w.z, sent[i], Y[i]);
-        Y[i + 1] = fmaf(i % 8 < 4 ? w.y : w.w, sent[i + 1], Y[i + 1]);
-      }
-    }
-  }
 
-  // Y = S C^T over this scanner's columns: issued, not waited for. S is kept if the backward wants
-  // it.
-  MAMBA2_DEVICE void read_state(Product& Y, const State& S, const T* C, int kept_at) const {
+  // Y = S C^T over this scanner's columns, of its own tokens and of the others: issued, not waited
+  // for. S is kept if the backward wants it.
+  MAMBA2_DEVICE void read_state(Output (&Y)[kParts], const State& S, const T* C,
+                                int kept_at) const {
     uint32_t S_rounded[kColumns / 4];
     tile::round_to_fragments<T>(S_rounded, S);
     if constexpr (kParts == 1) {
@@ -122,60 +125,88 @@ struct Scanner : StateEnds<kN, kPadded> {
                           S_rounded, me);
     }
     ptx::wgmma_fence();
-    tile::product_rs<T, kQ, kColumns / 16>(Y, S_rounded, tile::KMajor<kQ>{C + part * kColumns * kQ},
-                                           false);
+    MAMBA2_UNROLL
+    for (int i = 0; i < kParts; ++i)
+      tile::product_rs<T, kTokens, kColumns / 16>(
+          Y[i], S_rounded, tile::KMajor<kQ>{C + part * kColumns * kQ + first_token(i) * 64}, false);
     ptx::wgmma_commit_group();
   }
   // S + (weighted x) B^T: issued, not waited for.
   MAMBA2_DEVICE void add_inputs(State& S, const Tokens& weighted,
                                 const Stage<T, kN, kGate>& stage) const {
     ptx::wgmma_fence();
-    tile::product_rs<T, kColumns, kQ / 16>(S, weighted,
-                                           tile::MnMajor<kQ>{stage.B + part * kColumns * kQ}, true);
+    MAMBA2_UNROLL
+    for (int i = 0; i < kParts; ++i)
+      tile::product_rs<T, kColumns, kTokens / 16>(
+          S, weighted[i], tile::MnMajor<kQ>{stage.B + part * kColumns * kQ + first_token(i) * 64},
+          true);
     ptx::wgmma_commit_group();
   }
-  // The state after the chunk, and y of its own tokens in front of Y; Y = S C^T is on its way.
-  MAMBA2_DEVICE void add_chunk(State& S, Product& Y, const Stage<T, kN, kGate>& stage,
+  // Y + (weights) x of the own tokens: issued, not waited for.
+  MAMBA2_DEVICE void add_within(Output& Y, const Tokens& x, const T* scores) const {
+    ptx::wgmma_fence_operand(Y);
+    ptx::wgmma_fence();
+    MAMBA2_UNROLL
+    for (int i = 0; i < kParts; ++i)
+      tile::product_rs<T, kTokens, kTokens / 16>(
+          Y, x[i], tile::KMajor<kTokens>{scores + first_token(0) * kQ + first_token(i)}, true);
+    ptx::wgmma_commit_group();
+  }
+  // The state after the chunk, and y of the own tokens in Y[0]; Y = S C^T is on its way.
+  MAMBA2_DEVICE void add_chunk(State& S, Output (&Y)[kParts], const Tokens& x,
+                               const Stage<T, kN, kGate>& stage,
                                const Weights<T, kUnits>& weights) {
     const float chunk_decay = weights.row_decay[half].last();
-    Tokens x, x_weighted;
-    tile::load_transposed<kQ / 16>(x, stage.x[half], me);
+    Tokens x_weighted;
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; ++e) S[e] *= chunk_decay;
     ptx::wgmma_fence_operand(S);  // under the product
     if constexpr (kParts > 1) weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
     ptx::wgmma_wait_group<0>();
-    ptx::wgmma_fence_operand(Y);
-    if constexpr (kParts == 1) weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
-    add_inputs(S, x_weighted, stage);
-    auto& own_Y = tile::front<kTokens / 2>(Y);
-    Output sent;
-    if constexpr (kParts > 1) {
-      send(Y);
-      keep_own(Y);
-      OwnTokens own_x;
-      tile::load_transposed<kTokens / 16>(own_x, stage.x[half] + part * kTokens * kP, me);
-      decay_and_skip(own_Y, own_x, weights.row_decay[half]);
-      tile::load_transposed<kQ / 16>(x, stage.x[half], me);  // again: registers are scarce above
+    MAMBA2_UNROLL
+    for (int i = 0; i < kParts; ++i) ptx::wgmma_fence_operand(Y[i]);
+    if constexpr (kParts == 1) {
+      weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
     } else {
-      decay_and_skip(own_Y, x, weights.row_decay[half]);
+      for_decays(Y[1], weights.row_decay[half], 1, [](float y, float w, int) { return y * w; });
+      send(Y[1]);
     }
-    ptx::wgmma_fence_operand(own_Y);
-    ptx::wgmma_fence();
-    const T* scores = weights.scores[half] + part * kTokens * kQ;
-    tile::product_rs<T, kTokens, kQ / 16>(own_Y, x, tile::KMajor<kTokens>{scores}, true);
-    ptx::wgmma_commit_group();
-    if constexpr (kParts > 1) receive(sent);
+    add_inputs(S, x_weighted, stage);
+    decay_and_skip(Y[0], x[0], weights.row_decay[half]);
+    add_within(Y[0], x, weights.scores[half]);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(S);
-    ptx::wgmma_fence_operand(own_Y);
-    if constexpr (kParts > 1) add_decayed(own_Y, sent, weights.row_decay[half]);
+    ptx::wgmma_fence_operand(Y[0]);
   }
-  // y to the storer.
-  MAMBA2_DEVICE void hand_over(const OwnTokens& y, tile::RingPosition<kBuffers>& to) const {
+  // What is left to do for y.
+  MAMBA2_DEVICE void keep(Before& before, Output& Y, const Stage<T, kN, kGate>& stage) const {
+    OwnTokens z;
+    if constexpr (kGate)
+      tile::load_transposed<kTokens / 16>(z, stage.z[half] + first_token(0) * kP, me);
+    if constexpr (kParts == 1) {
+      if constexpr (kGate) gate(Y, z);
+      tile::round_to_fragments<T>(before.y, Y);
+    } else {
+      MAMBA2_UNROLL
+      for (int e = 0; e < kTokens / 2; ++e) before.y[e] = Y[e];
+      MAMBA2_UNROLL
+      for (int k = 0; kGate && k < kTokens / 4; ++k) before.z[k] = z[k];
+    }
+  }
+  // That, and y to the storer.
+  MAMBA2_DEVICE void hand_over(Before& before, tile::RingPosition<kBuffers>& to) {
+    OwnTokens rounded;
+    if constexpr (kParts > 1) {
+      add_sent(before.y);
+      if constexpr (kGate) gate(before.y, before.z);
+      tile::round_to_fragments<T>(rounded, before.y);
+    }
     s.y_ring[half].wait_empty(to);
-    T* tile = s.y[to.stage][half] + part * kTokens * kP;
-    tile::store_fragments_transposed<kTokens / 16>(tile, y, me);
+    T* tile = s.y[to.stage][half] + first_token(0) * kP;
+    if constexpr (kParts == 1)
+      tile::store_fragments_transposed<kTokens / 16>(tile, before.y, me);
+    else
+      tile::store_fragments_transposed<kTokens / 16>(tile, rounded, me);
     ptx::fence_proxy_async_shared();
     s.y_ring[half].fill(to);
     to.advance();
@@ -187,7 +218,7 @@ struct Scanner : StateEnds<kN, kPadded> {
     const auto& weights = s.weights[from.stage];
     if (args.chunking.table) s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
     Tokens x;
-    tile::load_transposed<kQ / 16>(x, s_x, me);
+    load_tokens(x, s_x);
     s.weights_ring.wait_full(from);
     weigh_inputs<true>(weighted, x, weights.input_weight[half], ptx::ex2(through_log2));
     through_log2 += weights.a_log2[half][kQ - 1];
@@ -219,7 +250,7 @@ struct Scanner : StateEnds<kN, kPadded> {
         if (!more) break;
         s.ring.release(now);
         MAMBA2_UNROLL
-        for (int i = 0; i < kQ / 4; ++i) weighted[i] = next[i];
+        for (int i = 0; i < kQ / 4; ++i) (&weighted[0][0])[i] = (&next[0][0])[i];
       }
       this->finish_sum(S, s.info[at.stage], through_log2);
       s.ring.release(at);
@@ -230,8 +261,8 @@ struct Scanner : StateEnds<kN, kPadded> {
 
   MAMBA2_DEVICE void run() {
     State S;
-    OwnTokens y;           // of the chunk before, rounded
-    bool y_waits = false;  // to be handed over, under this chunk's S C^T
+    Before before;
+    bool y_waits = false;  // of the chunk before, to be handed over under this chunk's S C^T
     bool enters = true;    // a run or a sequence begins, or nothing follows
     int kept_at = 1;       // as StageInfo's, counted along: reading it would delay every chunk
     tile::RingPosition<kStages> at;
@@ -239,7 +270,7 @@ struct Scanner : StateEnds<kN, kPadded> {
     for (;; at.advance(), from.advance(), kept_at += args.kept_states != nullptr) {
       s.ring.wait_full(at);
       if (enters) {
-        if (y_waits) hand_over(y, to);
+        if (y_waits) hand_over(before, to);
         y_waits = false;
         sum_up(S, at, from);
       }
@@ -251,18 +282,21 @@ struct Scanner : StateEnds<kN, kPadded> {
         this->enter_run(S, info);
         kept_at = tile::uniform(info.kept_at);
       }
-      Product Y;
+      Output Y[kParts];
+      Tokens x;
       read_state(Y, S, stage.C, kept_at);
-      if (y_waits) hand_over(y, to);
-      s.weights_ring.wait_full(from);
-      add_chunk(S, Y, stage, weights);
-      if constexpr (kGate) gate(tile::front<kTokens / 2>(Y), stage.z[half]);
+      if (y_waits) hand_over(before, to);
+      if (kParts == 1 || args.chunking.table)
+        s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
+      load_tokens(x, stage.x[half]);
+      if (kParts > 1) s.weights_ring.wait_full(from);
+      add_chunk(S, Y, x, stage, weights);
+      keep(before, Y[0], stage);
       s.weights_ring.release(from);
       const int flags = tile::uniform(info.flags);
       enters = (flags & (kEndsTask | kEndsSequence)) != 0;
       if (enters) this->leave_run(S, info);
       s.ring.release(at);
-      tile::round_to_fragments<T>(y, tile::front<kTokens / 2>(Y));
       y_waits = true;
     }
   }
