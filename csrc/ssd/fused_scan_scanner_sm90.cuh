@@ -165,13 +165,12 @@ struct Scanner : StateEnds<kN, kPadded> {
     ptx::wgmma_wait_group<0>();
     MAMBA2_UNROLL
     for (int i = 0; i < kParts; ++i) ptx::wgmma_fence_operand(Y[i]);
-    if constexpr (kParts == 1) {
-      weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
-    } else {
+    if constexpr (kParts == 1) weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
+    add_inputs(S, x_weighted, stage);
+    if constexpr (kParts > 1) {
       for_decays(Y[1], weights.row_decay[half], 1, [](float y, float w, int) { return y * w; });
       send(Y[1]);
     }
-    add_inputs(S, x_weighted, stage);
     decay_and_skip(Y[0], x[0], weights.row_decay[half]);
     add_within(Y[0], x, weights.scores[half]);
     ptx::wgmma_wait_group<0>();
