@@ -112,8 +112,9 @@ Runs best_runs(const Work& w) {
 template <class Cost>
 int64_t cheapest(const Work& w, int64_t longest, Cost cost) {
   int64_t best = longest;
+  double least = cost(w, longest);
   for (int64_t c = 2; c < longest; ++c)
-    if (cost(w, c) < cost(w, best)) best = c;
+    if (const double of_c = cost(w, c); of_c < least) best = c, least = of_c;
   return best;
 }
 

@@ -41,8 +41,9 @@ int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) 
     return ceil_div(blocks * slices, sms) * (ceil_div(heads, slices) + kBlockOverheadHeads);
   };
   int best = 1;
+  int64_t least = cost(best);
   for (int slices = 2; slices <= heads; ++slices)
-    if (cost(slices) < cost(best)) best = slices;
+    if (const int64_t of_these = cost(slices); of_these < least) best = slices, least = of_these;
   return ceil_div(heads, best);
 }
 

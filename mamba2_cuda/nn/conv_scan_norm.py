@@ -106,5 +106,5 @@ class _ConvScanNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         gradients = _backward(d_out, *ctx.saved_tensors, *ctx.options)
-        wanted = ctx.needs_input_grad[2:9]
-        return None, None, *(g if need else None for g, need in zip(gradients, wanted)), None
+        wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[2:9])]
+        return None, None, *wanted, None

@@ -46,7 +46,7 @@ def causal_conv1d(
     if torch.is_grad_enabled():
         y, final_states = _CausalConv1d.apply(silu, return_final_states, *inputs)
     else:
-        y, final_states = _ops.causal_conv1d_forward(*inputs, silu, return_final_states)
+        y, final_states = _ops.causal_conv1d_forward.default(*inputs, silu, return_final_states)
     return (y, final_states) if return_final_states else y
 
 
@@ -65,16 +65,16 @@ def causal_conv1d_step(state, x, weight, bias=None, *, silu=True, state_indices=
     Raises RuntimeError when an argument does not fit, naming it, what it must be and what it is.
     """
     (x,) = autocast(x)
-    return _ops.causal_conv1d_step(state, x, weight, bias, silu, state_indices)
+    return _ops.causal_conv1d_step.default(state, x, weight, bias, silu, state_indices)
 
 
-_backward = once("causal_conv1d", _ops.causal_conv1d_backward)
+_backward = once("causal_conv1d", _ops.causal_conv1d_backward.default)
 
 
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, silu, return_final_states, *inputs):
-        y, final_states = _ops.causal_conv1d_forward(*inputs, silu, return_final_states)
+        y, final_states = _ops.causal_conv1d_forward.default(*inputs, silu, return_final_states)
         ctx.save_for_backward(*inputs)
         ctx.silu = silu
         ctx.return_final_states = return_final_states

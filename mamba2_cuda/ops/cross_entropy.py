@@ -30,7 +30,9 @@ def cross_entropy(logits, targets):
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(logits, targets)
-    return mean_of(_ops.cross_entropy_forward(logits, targets, None), share_of(logits, targets))
+    return mean_of(
+        _ops.cross_entropy_forward.default(logits, targets, None), share_of(logits, targets)
+    )
 
 
 def share_of(logits, targets):
@@ -47,12 +49,12 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         share, ctx.gradient = share_of(logits, targets), logits.detach().contiguous()
-        return mean_of(_ops.cross_entropy_forward(ctx.gradient, targets, share), share)
+        return mean_of(_ops.cross_entropy_forward.default(ctx.gradient, targets, share), share)
 
     @staticmethod
     def backward(ctx, d_loss):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None or torch.is_grad_enabled():
             raise RuntimeError("cross_entropy: its backward runs once, and not differentiably")
-        _ops.cross_entropy_backward(gradient, d_loss)
+        _ops.cross_entropy_backward.default(gradient, d_loss)
         return gradient, None

@@ -36,7 +36,7 @@ def gated_rmsnorm(x, weight, z=None, *, eps=1e-5, group_size=None, norm_before_g
     if torch.is_grad_enabled():
         y = _GatedRmsnorm.apply(x, weight, z, *options)
     else:
-        y = _ops.gated_rmsnorm_forward(x, weight, z, *options)
+        y = _ops.gated_rmsnorm_forward.default(x, weight, z, *options)
     return y.view(shape)
 
 
@@ -47,7 +47,7 @@ def as_rows(t):
     return t.unsqueeze(-2) if t.dim() == 2 else t.reshape(1, -1, t.shape[-1])
 
 
-_backward = once("gated_rmsnorm", _ops.gated_rmsnorm_backward)
+_backward = once("gated_rmsnorm", _ops.gated_rmsnorm_backward.default)
 
 
 class _GatedRmsnorm(torch.autograd.Function):
@@ -55,7 +55,7 @@ class _GatedRmsnorm(torch.autograd.Function):
     def forward(ctx, x, weight, z, *options):
         ctx.save_for_backward(x, weight, z)
         ctx.options = options
-        return _ops.gated_rmsnorm_forward(x, weight, z, *options)
+        return _ops.gated_rmsnorm_forward.default(x, weight, z, *options)
 
     @staticmethod
     def backward(ctx, dy):

@@ -63,7 +63,7 @@ def ssd_scan(
             delta_options, return_final_states, save_states, current_plan(), *inputs
         )
     else:
-        y, final_states, _ = _ops.ssd_scan_forward(
+        y, final_states, _ = _forward(
             *inputs, *delta_options, return_final_states, False, current_plan()
         )
     return (y, final_states) if return_final_states else y
@@ -85,13 +85,14 @@ def autocast_dtype(t):
     return torch.get_autocast_dtype(device)
 
 
-_backward = once("ssd_scan", _ops.ssd_scan_backward)
+_forward = _ops.ssd_scan_forward.default
+_backward = once("ssd_scan", _ops.ssd_scan_backward.default)
 
 
 class _SsdScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_options, return_final_states, save_states, plan, *inputs):
-        y, final_states, chunk_states = _ops.ssd_scan_forward(
+        y, final_states, chunk_states = _forward(
             *inputs, *delta_options, return_final_states, save_states, plan
         )
         ctx.save_for_backward(*inputs, chunk_states)
@@ -110,10 +111,5 @@ class _SsdScan(torch.autograd.Function):
         if not ctx.return_final_states:
             d_final_states = None  # torch.compile makes up zeros for the absent output
         gradients = _backward(dy, d_final_states, *saved, *ctx.options)
-        wanted = ctx.needs_input_grad[4:13]
-        return (
-            *(None,) * 4,
-            *(g if need else None for g, need in zip(gradients, wanted)),
-            None,
-            None,
-        )
+        wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[4:13])]
+        return None, None, None, None, *wanted, None, None

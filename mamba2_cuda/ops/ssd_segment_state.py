@@ -37,7 +37,7 @@ def ssd_segment_state(x, dt, A, B, *, dt_bias=None, dt_softplus=False, dt_limit=
     return _SsdSegmentState.apply(x, dt, A, B, dt_bias, dt_softplus, *dt_limit, current_plan())
 
 
-_backward = once("ssd_segment_state", _ops.ssd_segment_state_backward)
+_backward = once("ssd_segment_state", _ops.ssd_segment_state_backward.default)
 
 
 class _SsdSegmentState(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _SsdSegmentState(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, dt_bias, dt_softplus, dt_min, dt_max, plan):
         ctx.save_for_backward(x, dt, A, B, dt_bias)
         ctx.options = (dt_softplus, dt_min, dt_max, plan)
-        return _ops.ssd_segment_state_forward(x, dt, A, B, dt_bias, *ctx.options)
+        return _ops.ssd_segment_state_forward.default(x, dt, A, B, dt_bias, *ctx.options)
 
     @staticmethod
     def backward(ctx, d_state, d_log_decay):

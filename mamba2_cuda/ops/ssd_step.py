@@ -46,7 +46,7 @@ def ssd_step(
     Source: Dao & Gu 2024 (arXiv 2405.21060), equation 1.
     """
     x, B, C, z = autocast(x, B, C, z)
-    return _ops.ssd_step(
+    return _ops.ssd_step.default(
         state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit, state_indices,
         out_state_indices, current_plan(), early_state,
     )  # fmt: skip
