@@ -221,6 +221,25 @@ def test_a_changed_projection_is_not_passed_over(device):
         torch.testing.assert_close(layer(u), expected)
 
 
+class Double(torch.nn.Module):
+    def forward(self, v):
+        return 2 * v
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module, name", [("conv1d", "bias"), ("norm", "weight"), ("", "A_log")])
+def test_a_computed_parameter_is_not_passed_over(module, name):
+    """A parametrization has it elsewhere than the others are."""
+    torch.manual_seed(0)
+    layer, doubled = (Mamba2(16, d_state=8, headdim=8, dtype=F64) for _ in range(2))
+    doubled.load_state_dict(layer.state_dict())
+    getattr(doubled.get_submodule(module), name).mul_(2)
+    torch.nn.utils.parametrize.register_parametrization(layer.get_submodule(module), name, Double())
+    u = torch.randn(2, 9, 16, dtype=F64)
+    assert layer.is_one_operator(u)
+    torch.testing.assert_close(layer(u), doubled(u))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -105,19 +105,32 @@ class Mamba2(nn.Module):
 
     def is_one_operator(self, u):
         """Whether all of it may be one: it is an operator without gradients, of bare products."""
-        return not (
+        if (
             torch.is_grad_enabled()
             or self.ranks > 1
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(u.device.type)
-        ) and all(is_bare(linear, u.dtype) for linear in (self.in_proj, self.out_proj))
+        ):
+            return False
+        modules, dtype = self._modules, u.dtype
+        return is_bare(modules["in_proj"], dtype) and is_bare(modules["out_proj"], dtype)
 
     def at_once(self, u, cu_seqlens, cache):
-        conv, norm = self.conv1d, self.norm  # a module's attributes take the host long to find
+        modules = self._modules
         return functional.mixer(
-            u, self.in_proj.weight, conv.weight, conv.bias, self.A_log, self.D_by_head(),
-            self.dt_bias, None if norm is None else norm.weight, self.out_proj.weight, cu_seqlens,
-            self.options, cache,
+            u, parameter(modules["in_proj"], "weight"), *self.parameters_between(),
+            parameter(modules["out_proj"], "weight"), cu_seqlens, self.options, cache,
+        )  # fmt: skip
+
+    def parameters_between(self):
+        """The parameters between the two projections, in the operators' order."""
+        modules = self._modules
+        conv, norm = modules["conv1d"], modules.get("norm")
+        D = parameter(self, "D")
+        return (
+            parameter(conv, "weight"), parameter(conv, "bias"), parameter(self, "A_log"),
+            self.layout.by_head(D) if self.D_has_hdim else D, parameter(self, "dt_bias"),
+            None if norm is None else parameter(norm, "weight"),
         )  # fmt: skip
 
     def add_step(self, residual, norm, cache):
@@ -199,11 +212,9 @@ class Mamba2(nn.Module):
 
     def whole(self, zxBCdt, cu_seqlens, cache):
         """All between the projections, where nothing is padding."""
-        conv, norm = self.conv1d, self.norm
         return functional.conv_scan_norm(
-            zxBCdt, conv.weight, conv.bias, self.A_log, self.D_by_head(), self.dt_bias,
-            None if norm is None else norm.weight, cu_seqlens, self.options, cache,
-        )  # fmt: skip
+            zxBCdt, *self.parameters_between(), cu_seqlens, self.options, cache
+        )
 
     def in_parts(self, zxBCdt, real, cache):
         """The same with padding, or from a cache with gradients."""
@@ -278,14 +289,20 @@ class Mamba2(nn.Module):
         )
 
 
+def parameter(module, name):
+    """module.name, which nn.Module itself takes longer to find than an operator to be queued."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def is_bare(linear, dtype):
     """Whether a projection is x weight^T in this dtype, with no bias and nobody listening."""
-    return linear.bias is None and is_plain(linear, dtype)
+    return is_plain(linear, dtype) and linear._parameters.get("bias", "elsewhere") is None
 
 
 def is_plain(linear, dtype):
     """Whether a projection is what its weights say, in this dtype, and nobody is listening."""
-    weight = linear.weight
+    weight = parameter(linear, "weight")
     return (
         type(linear) is nn.Linear
         and type(weight) is nn.Parameter
