@@ -7,7 +7,8 @@ PYTHON ?= python3
 PY ?= .venv/bin/python
 TORCH ?= 2.13.0
 PACKAGES = setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 numpy==2.4.6 \
-  einops==0.8.2 safetensors==0.8.0 matplotlib==3.11.2 pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15
+  einops==0.8.2 safetensors==0.8.0 matplotlib==3.11.2 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 \
+  hypothesis==6.170.15
 CMAKE = 4.2.0
 STYLE = ruff==0.17.6 clang-format==23.1.5
 DISASSEMBLER = nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
@@ -27,7 +28,7 @@ build: $(READY)
 	$(PY) setup.py build_ext --inplace
 
 test: build
-	$(PY) -m pytest -p bench.stamp
+	$(PY) -m pytest -p bench.stamp $(PYTEST)
 
 test-cpp: $(READY)
 	$(PY) -m pip install --quiet cmake==$(CMAKE)

@@ -146,6 +146,7 @@ class FakeCard:
         monkeypatch.setattr(run, "calls", lambda made, shape, op: lambda: self.ms(made, shape, op))
         for name in ("get_device_name", "set_stream", "Stream"):
             monkeypatch.setattr(run.torch.cuda, name, lambda *a: "H200")
+        monkeypatch.setattr(run.gc, "collect", lambda: 0)  # half a second each, after many tests
         monkeypatch.setattr("sys.argv", ["run", "--sweep", "--results", str(tmp_path)])
 
     def implementations(self, names, folder):

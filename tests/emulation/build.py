@@ -6,6 +6,7 @@ C++, one fiber per CUDA thread, its operators registered for CPU tensors.
 A source is compiled again when it, a header it includes, or a flag has changed.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -108,11 +109,18 @@ def compile_one(source, options, folder):
 
 
 def build(name, sources, defines=()):
-    """Compiles what changed, links build/emulation/<name>.so and returns its path."""
+    """Compiles what changed, links build/emulation/<name>.so and returns its path. One process at a
+    time: those of parallel tests wait for the first."""
     if not cuda_include():
         raise RuntimeError("the emulation needs the headers of a CUDA toolkit: set CUDA_HOME")
     folder = OUT / name
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_alone(name, folder, sources, defines)
+
+
+def build_alone(name, folder, sources, defines):
     options = flags(defines)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         built = list(pool.map(lambda s: compile_one(s, options, folder), sources))
