@@ -155,7 +155,8 @@ struct Scanner : StateEnds<kN, kPadded> {
   // The state after the chunk, and y of the own tokens in Y[0]; Y = S C^T is on its way.
   MAMBA2_DEVICE void add_chunk(State& S, Output (&Y)[kParts], const Tokens& x,
                                const Stage<T, kN, kGate>& stage,
-                               const Weights<T, kUnits>& weights) {
+                               const tile::RingPosition<kBuffers>& from) {
+    const auto& weights = s.weights[from.stage];
     const float chunk_decay = weights.row_decay[half].last();
     Tokens x_weighted;
     MAMBA2_UNROLL
@@ -172,6 +173,7 @@ struct Scanner : StateEnds<kN, kPadded> {
       send(Y[1]);
     }
     decay_and_skip(Y[0], x[0], weights.row_decay[half]);
+    if constexpr (kParts > 1) s.weights_ring.wait_full(from);  // the scorer's part comes last
     add_within(Y[0], x, weights.scores[half]);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(S);
@@ -275,7 +277,6 @@ struct Scanner : StateEnds<kN, kPadded> {
       }
       const auto& info = s.info[at.stage];
       const auto& stage = s.stage[at.stage];
-      const auto& weights = s.weights[from.stage];
       if (enters) {
         if (tile::uniform(info.flags) & kExit) return;
         this->enter_run(S, info);
@@ -288,8 +289,8 @@ struct Scanner : StateEnds<kN, kPadded> {
       if (kParts == 1 || args.chunking.table)
         s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
       load_tokens(x, stage.x[half]);
-      if (kParts > 1) s.weights_ring.wait_full(from);
-      add_chunk(S, Y, x, stage, weights);
+      if (kParts > 1) s.decays_ring.wait_full(from);
+      add_chunk(S, Y, x, stage, from);
       keep(before, Y[0], stage);
       s.weights_ring.release(from);
       const int flags = tile::uniform(info.flags);
