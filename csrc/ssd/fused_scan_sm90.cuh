@@ -240,7 +240,7 @@ struct alignas(1024) FusedScanSmem {
   tile::Ring<kTaskSlots> tickets_ring;
   tile::Ring<kStages> ring;
   tile::Ring<kBuffers> weights_ring;
-  tile::Ring<kBuffers> decays_ring;  // their decays alone, for the scorer
+  tile::Ring<kBuffers> decays_ring;  // their decays alone, for the scorer (n 256: also scanners)
   tile::Ring<kBuffers> y_ring[kUnits];
   Exchange<parts_per_unit(kN)> exchange;
 };
