@@ -132,7 +132,7 @@ struct FinishingSide {
     if (i % kDRun > 0) return;
     const float4* dy_x = reinterpret_cast<const float4*>(results.dy_x + i);
     const float4 u = dy_x[0], v = dy_x[1];
-    out[i / kDRun] = u.x + u.y + u.z + u.w + v.x + v.y + v.z + v.w;
+    out[i / kDRun] = ((u.x + u.y) + (u.z + u.w)) + ((v.x + v.y) + (v.z + v.w));
   }
 
   MAMBA2_DEVICE void run() {

@@ -4,7 +4,8 @@
 // delta_gradients: grid (chunks, blocks of 16 heads), a warp a head, its lanes consecutive runs of
 //   tokens, so that both sums along the chunk are scans of a warp. The result goes through shared
 //   memory, because dt and d_dt are read and written heads first; dt is on its way from the start.
-// sum_chunks: grid (blocks of 32 columns, array): what the chunks left, added in a fixed order.
+// sum_chunks: grid (blocks of 32 columns, array): what the chunks left, added in a fixed order, in
+//   fp64: chunks are many, and the sum of their roundings would be most of the error of dD.
 // Bound by HBM: six fp32 arrays (tokens, h) read once, dt read, d_dt written.
 #include <cstring>
 #include <type_traits>
@@ -242,7 +243,7 @@ struct ChunkSums {
   int64_t chunks;
 };
 struct SumSmem {
-  float partial[kSumWarps][32];
+  double partial[kSumWarps][32];
 };
 
 __global__ void MAMBA2_LAUNCH_BOUNDS(32 * kSumWarps, 2)
@@ -252,7 +253,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(32 * kSumWarps, 2)
   const int which = blockIdx.y, width = s.width[which];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int column = blockIdx.x * 32 + lane;
-  float sum = 0;
+  double sum = 0;
   if (column < width) {
     MAMBA2_UNROLL
     for (int64_t i = warp; i < s.chunks; i += kSumWarps) sum += s.parts[which][i * width + column];
@@ -261,7 +262,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(32 * kSumWarps, 2)
   __syncthreads();
   if (warp > 0 || column >= width) return;
   for (int w = 1; w < kSumWarps; ++w) sum += smem.partial[w][lane];
-  s.sum[which][column] = sum;
+  s.sum[which][column] = static_cast<float>(sum);
 }
 
 int launch_sums(const BackwardParams& p, const DeltaGradientParts& parts, const Gradients& g,

@@ -59,14 +59,16 @@ MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
     }
     return;
   }
-  static_assert(kDParts == 8, "two float4");
+  static_assert(kDParts % 4 == 0, "whole float4s");
   for (int head = threadIdx.x; head < args.tensor_h; head += kThreads) {
-    float4 sum{};
-    for (int split = head * args.splits; exists && split < (head + 1) * args.splits; ++split) {
-      const float* parts = blocks + split * kDParts;
-      add(sum, parts), add(sum, parts + 4), add(sum, parts + width), add(sum, parts + width + 4);
+    double sum = 0;
+    const int first = head * args.splits * kDParts, parts = exists ? args.splits * kDParts : 0;
+    for (int i = first; i < first + parts; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(blocks + i);
+      const float4 later = *reinterpret_cast<const float4*>(blocks + width + i);
+      sum += double(v.x) + v.y + v.z + v.w + later.x + later.y + later.z + later.w;
     }
-    args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = sum.x + sum.y + sum.z + sum.w;
+    args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = static_cast<float>(sum);
   }
 }
 
