@@ -149,6 +149,12 @@ template <class T>
 MAMBA2_DEVICE uint32_t weigh_pair(uint32_t v, const PairWeights& w) {
   return ptx::fma_rn_x2<T>(v, w.most, ptx::fma_rn_x2<T>(v, w.rest, 0));
 }
+// The second word: what weigh_pair has lost by rounding.
+template <class T>
+MAMBA2_DEVICE uint32_t weigh_pair_rest(uint32_t v, const PairWeights& w) {
+  const uint32_t minus = weigh_pair<T>(v, w) ^ 0x80008000u;
+  return ptx::fma_rn_x2<T>(v, w.rest, ptx::fma_rn_x2<T>(v, w.most, minus));
+}
 // A fragment's rows times their weights: register i holds row 8 (i & 1).
 template <class T>
 MAMBA2_DEVICE void scale_rows(uint32_t (&a)[16], const float (&weight)[2]) {

@@ -9,6 +9,10 @@
 // transpose of the tokens' tile, weighted in registers; the B operand the tile of B or C, shared by
 // a block's heads.
 //
+// A weighted token is rounded a second time. Where decay is weak that is most of the error of dA,
+// dB and dC, and so it is multiplied in two words of 16 bits there; elsewhere only the 16 tokens
+// next to where the state is handed on are, since by the time it is, little is left of the others.
+//
 // grid: (sequences x sets of 2 or 3 heads, directions: both, or one); a producer warp and a
 // consumer warpgroup a head. Shared memory: 4 or 3 stages x (64 tokens of B or C, x or dy of the
 // heads) + two images a head: 195 or 220 KB at n = 128. Bound by HBM: per head and chunk 16 KB read
@@ -16,112 +20,10 @@
 #include <algorithm>
 
 #include "../core/launch.h"
-#include "scan_backward_sm90.cuh"
+#include "state_sweeps_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 namespace sweeps {
-
-constexpr int stages_of(int heads) { return heads > 2 ? 3 : 4; }
-constexpr int consumer_threads(int heads) { return heads * tile::kWarpgroup; }
-constexpr int threads_of(int heads) { return consumer_threads(heads) + 32; }
-enum Barriers { kTailBarrier = 1, kHeadBarriers };
-
-template <class T, int kN, int kHeads>
-struct alignas(1024) SweepStage {
-  T operand[kBlock * kN];               // B or C: panels [token][64 n]
-  T tokens[kHeads][kBlock * kHeadDim];  // x or dy: [token][p]
-};
-template <class T, int kN, int kHeads>
-struct alignas(1024) SweepSmem {
-  static constexpr int kStages = stages_of(kHeads);
-  SweepStage<T, kN, kHeads> stage[kStages];
-  T image[2][kHeads][kHeadDim * kN];              // by parity of the chunk
-  PairWeights weight[2][kHeads][kBackwardQ / 2];  // likewise, of two tokens each
-  float decay[2][kHeads][2];                      // of its blocks
-  float through[kHeads][4];                       // by warp
-  tile::Ring<kStages> ring;
-};
-
-// What one block sweeps over.
-struct Sweep {
-  bool reverse;
-  int i_seq, group, first_head, heads;
-  int first_chunk, chunks;
-  Sequence sequence;
-  MAMBA2_DEVICE Sweep(const BackwardArgs& args, int heads_at_once, bool reverse)
-      : reverse(reverse) {
-    const int sets = ceil_div(args.heads_per_group(), heads_at_once);
-    const int skipped = blockIdx.x % sets * heads_at_once;
-    group = blockIdx.x / sets % args.g;
-    i_seq = blockIdx.x / sets / args.g;
-    first_head = group * args.heads_per_group() + skipped;
-    heads = min(heads_at_once, args.heads_per_group() - skipped);
-    first_chunk = args.chunking.first(i_seq);
-    chunks = args.chunking.count(i_seq);
-    sequence = args.chunking.sequence(i_seq);
-  }
-  // The k-th chunk on the way: its place in the sequence, its number among all chunks, and what
-  // Chunking::at says of it, with no division.
-  MAMBA2_DEVICE int place(int k) const { return reverse ? chunks - 1 - k : k; }
-  MAMBA2_DEVICE int number(int k) const { return first_chunk + place(k); }
-  MAMBA2_DEVICE Chunk chunk(int k) const {
-    const int i_c = place(k), first = i_c * kBackwardQ, left = int(sequence.length) - first;
-    return {i_seq, sequence.row,     int(sequence.token) + first, min(kBackwardQ, left),
-            i_c,   i_c == chunks - 1};
-  }
-};
-MAMBA2_DEVICE int blocks_of(const Chunk& chunk) { return chunk.count > kBlock ? 2 : 1; }
-// The block that is the step-th on the way through a chunk.
-MAMBA2_DEVICE int block_of(const Chunk& chunk, const Sweep& sweep, int step) {
-  return sweep.reverse ? blocks_of(chunk) - 1 - step : step;
-}
-
-template <class T, int kN, int kHeads>
-MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN, kHeads>& s,
-                           const Sweep& sweep) {
-  const ptx::TensorMap* operand = sweep.reverse ? &args.C : &args.B;
-  const ptx::TensorMap* tokens = sweep.reverse ? &args.dy : &args.x;
-  const uint32_t bytes = sizeof(T) * kBlock * (kN + sweep.heads * kHeadDim);
-  tile::RingPosition<stages_of(kHeads)> at;
-  for (int k = 0; k < sweep.chunks; ++k) {
-    const Chunk chunk = sweep.chunk(k);
-    for (int step = 0; step < blocks_of(chunk); ++step) {
-      auto& stage = s.stage[at.stage];
-      ptx::Mbarrier* full = &s.ring.full[at.stage];
-      const int token = chunk.token + block_of(chunk, sweep, step) * kBlock;
-      ptx::mbarrier_wait(&s.ring.empty[at.stage], at.phase ^ 1);
-      ptx::mbarrier_arrive_expect_tx(full, bytes);
-      for (int panel = 0; panel < kN / 64; ++panel)
-        ptx::tma_load_4d(stage.operand + panel * kBlock * 64, operand, panel * 64, sweep.group,
-                         token, chunk.row, full);
-      for (int i = 0; i < sweep.heads; ++i)
-        ptx::tma_load_4d(stage.tokens[i], tokens, args.channel(sweep.first_head + i),
-                         args.tensor_head(sweep.first_head + i), token, chunk.row, full);
-      at.advance();
-    }
-  }
-}
-
-// A token of the chunk, the ends of its block and of the one before, and the end of the chunk.
-struct Scalars {
-  float a_log2 = 0, delta = 0, a_end_log2 = 0, a_before_log2 = 0, a_last_log2 = 0;
-  MAMBA2_DEVICE Scalars() {}
-  MAMBA2_DEVICE Scalars(const BackwardArgs& args, int chunk, int tensor_head, int token) {
-    const int64_t at = (int64_t(chunk) * args.tensor_h + tensor_head) * kBackwardQ;
-    a_log2 = args.a_cumsum_log2[at + token];
-    delta = args.delta[at + token];
-    const int block = token / kBlock * kBlock;
-    a_end_log2 = args.a_cumsum_log2[at + block + kBlock - 1];
-    a_before_log2 = block > 0 ? args.a_cumsum_log2[at + block - 1] : 0.f;
-    a_last_log2 = args.a_cumsum_log2[at + kBackwardQ - 1];
-  }
-  // What the token adds to the state at the block's end, or its beginning; what the block lets
-  // through.
-  MAMBA2_DEVICE float weight(bool reverse) const {
-    return reverse ? ptx::ex2(a_log2 - a_before_log2) : ptx::ex2(a_end_log2 - a_log2) * delta;
-  }
-  MAMBA2_DEVICE float decay() const { return ptx::ex2(a_end_log2 - a_before_log2); }
-};
 
 template <class T, int kN, int kHeads>
 struct Consumer {
@@ -195,7 +97,8 @@ struct Consumer {
     const float weight = scalars.weight(sweep.reverse);
     const float next = __shfl_down_sync(kAllLanes, weight, 1);
     if (thread % 2 == 0) s.weight[parity][i][thread / 2] = split_weights<T>(weight, next);
-    if (thread % kBlock == 0) s.decay[parity][i][thread / kBlock] = scalars.decay();
+    if (thread % kBlock == Scalars::planner(sweep.reverse))
+      s.plan[parity][i][thread / kBlock] = scalars.plan(sweep.reverse);
     T* image = s.image[parity][i];
     MAMBA2_UNROLL
     for (int step = 0; step < kN / 16; ++step) {
@@ -232,20 +135,54 @@ struct Consumer {
           (parts[0] + parts[1] + parts[2] + parts[3]) * ptx::ex2(a_last_log2);
   }
 
-  // state = decay state + tokens^T diag(weight) operand, over one block of 64 tokens.
-  MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight, float decay) {
+  // state += tokens^T diag(weight) operand, over kSteps groups of 16 tokens of a block, from that
+  // of number `first` on; and the second words of kSeconds groups, from `second` on.
+  template <int kSteps, int kSeconds>
+  MAMBA2_DEVICE void add_tokens(const Stage& stage, const PairWeights* weight, int first,
+                                int second) {
+    const tile::MnMajor<kBlock> operand{stage.operand};
+    constexpr int kPairs = kTokensAStep / 2;
+    uint32_t a[4 * kSteps], rest[4 * kSeconds + 1];
+    tile::load_transposed<kSteps>(a, stage.tokens[i] + first * kTokensAStep * kHeadDim, me);
     MAMBA2_UNROLL
-    for (float& e : state) e *= decay;
-    uint32_t a[16];
-    tile::load_transposed<4>(a, stage.tokens[i], me);
-    MAMBA2_UNROLL
-    for (int r = 0; r < 16; ++r) a[r] = weigh_pair<T>(a[r], weight[me.column(r / 2) / 2]);
+    for (int r = 0; r < 4 * kSteps; ++r)
+      a[r] = weigh_pair<T>(a[r], weight[first * kPairs + me.column(r / 2) / 2]);
+    if constexpr (kSeconds > 0) {
+      tile::load_transposed<kSeconds>(tile::front<4 * kSeconds>(rest),
+                                      stage.tokens[i] + second * kTokensAStep * kHeadDim, me);
+      MAMBA2_UNROLL
+      for (int r = 0; r < 4 * kSeconds; ++r)
+        rest[r] = weigh_pair_rest<T>(rest[r], weight[second * kPairs + me.column(r / 2) / 2]);
+    }
     ptx::wgmma_fence_operand(state);
     ptx::wgmma_fence();
-    tile::product_rs<T, kN, 4>(state, a, tile::MnMajor<kBlock>{stage.operand}, true);
+    MAMBA2_UNROLL
+    for (int k = 0; k < kSteps; ++k)
+      ptx::WgmmaRs<T, kN, true>::run(state, a + 4 * k, operand.at(first + k), true);
+    MAMBA2_UNROLL
+    for (int k = 0; k < kSeconds; ++k)
+      ptx::WgmmaRs<T, kN, true>::run(state, rest + 4 * k, operand.at(second + k), true);
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(state);
+  }
+  // state = decay state + tokens^T diag(weight) operand, over a block.
+  MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight,
+                               const BlockPlan& plan) {
+    constexpr int kSteps = kBlock / kTokensAStep;
+    constexpr int kAtOnce = kHeads > 2 ? kSteps / 2 : kSteps;  // in two words: registers
+    const float decay = plan.decay;
+    MAMBA2_UNROLL
+    for (float& e : state) e *= decay;
+    const int two_words = tile::uniform(static_cast<int>(plan.two_words));
+    if (two_words == static_cast<int>(TwoWords::nearest)) {
+      add_tokens<kSteps, 1>(stage, weight, 0, sweep.reverse ? 0 : kSteps - 1);
+    } else if (two_words == static_cast<int>(TwoWords::none)) {
+      add_tokens<kSteps, 0>(stage, weight, 0, 0);
+    } else {
+      MAMBA2_NO_UNROLL
+      for (int k = 0; k < kSteps; k += kAtOnce) add_tokens<kAtOnce, kAtOnce>(stage, weight, k, k);
+    }
   }
 
   // Rows that belong to the next sequence become zero.
@@ -282,7 +219,7 @@ struct Consumer {
         ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
         if (args.chunking.table && count < kBlock) clear_tail(stage, count);
         if (active)
-          add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, s.decay[k & 1][i][block]);
+          add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, s.plan[k & 1][i][block]);
         arrive_warp(&s.ring.empty[at.stage], me.lane);
         at.advance();
       }
