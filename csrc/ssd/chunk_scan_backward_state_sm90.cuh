@@ -10,6 +10,9 @@
 
 namespace mamba2::ssd::sm90 {
 
+// Chunks that let through more than this have weighted tokens in two words.
+constexpr float kTwoWordsChunkLog2 = -2;
+
 template <class T, int kN>
 struct StateSide : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
@@ -66,6 +69,24 @@ struct StateSide : ScanConsumer<T, kN> {
     ptx::wgmma_fence();
     tile::product_rs<T, kN, 4>(d, a, tile::MnMajor<kHeadDim>{states}, true);
     ptx::wgmma_commit_group();
+  }
+  // What rounding weighted rows lost, in a chunk of weak decay: most of the error of dB and dC
+  // there.
+  MAMBA2_DEVICE void add_second_words(const TokenStage<T>& stage, const StateStage<T, kN>& states) {
+    const float* a_log2 = stage.a_log2 + task.block * kBlock;
+    const float* delta = stage.delta + task.block * kBlock;
+    float weight[2] = {ptx::ex2(a_log2[me.row(0)]), ptx::ex2(a_log2[me.row(1)])};
+    uint32_t rest[16];
+    tile::load_fragments<4>(rest, stage.dy[0], me);
+    scale_rows_rest<T>(rest, weight);
+    add_product<T, kN>(dC, rest, tile::MnMajor<kHeadDim>{states.S});
+    MAMBA2_UNROLL
+    for (int half = 0; half < 2; ++half)
+      weight[half] =
+          ptx::ex2(stage.a_log2[kBackwardQ - 1] - a_log2[me.row(half)]) * delta[me.row(half)];
+    tile::load_fragments<4>(rest, stage.x, me);
+    scale_rows_rest<T>(rest, weight);
+    add_product<T, kN>(dB, rest, tile::MnMajor<kHeadDim>{states.G});
   }
   MAMBA2_DEVICE void head(const TokenStage<T>& stage, const StateStage<T, kN>& states,
                           HeadResults& results) {
@@ -124,6 +145,8 @@ struct StateSide : ScanConsumer<T, kN> {
       ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);
       head(stage, states, s.results[slot.stage]);
       this->results_full(slot);
+      if (tile::uniform(stage.a_log2[kBackwardQ - 1] > kTwoWordsChunkLog2))
+        add_second_words(stage, states);
       arrive_warp(&s.states_ring.empty[StateSlot<kN>(i).stage], me.lane);
       arrive_warp(&s.tokens_ring.empty[TokenSlot<kN>(i).stage], me.lane);
     }
