@@ -151,8 +151,8 @@ MAMBA2_DEVICE uint32_t weigh_pair(uint32_t v, const PairWeights& w) {
 }
 // The second word: what weigh_pair has lost by rounding.
 template <class T>
-MAMBA2_DEVICE uint32_t weigh_pair_rest(uint32_t v, const PairWeights& w) {
-  const uint32_t minus = weigh_pair<T>(v, w) ^ 0x80008000u;
+MAMBA2_DEVICE uint32_t weigh_pair_rest(uint32_t v, const PairWeights& w, uint32_t weighed) {
+  const uint32_t minus = weighed ^ 0x80008000u;
   return ptx::fma_rn_x2<T>(v, w.rest, ptx::fma_rn_x2<T>(v, w.most, minus));
 }
 // A fragment's rows times their weights: register i holds row 8 (i & 1). And its second word.
@@ -168,7 +168,8 @@ MAMBA2_DEVICE void scale_rows_rest(uint32_t (&a)[16], const float (&weight)[2]) 
   const PairWeights of[2] = {split_weights<T>(weight[0], weight[0]),
                              split_weights<T>(weight[1], weight[1])};
   MAMBA2_UNROLL
-  for (int i = 0; i < 16; ++i) a[i] = weigh_pair_rest<T>(a[i], of[i & 1]);
+  for (int i = 0; i < 16; ++i)
+    a[i] = weigh_pair_rest<T>(a[i], of[i & 1], weigh_pair<T>(a[i], of[i & 1]));
 }
 
 }  // namespace mamba2::ssd::sm90

@@ -135,54 +135,49 @@ struct Consumer {
           (parts[0] + parts[1] + parts[2] + parts[3]) * ptx::ex2(a_last_log2);
   }
 
-  // state += tokens^T diag(weight) operand, over kSteps groups of 16 tokens of a block, from that
-  // of number `first` on; and the second words of kSeconds groups, from `second` on.
-  template <int kSteps, int kSeconds>
-  MAMBA2_DEVICE void add_tokens(const Stage& stage, const PairWeights* weight, int first,
-                                int second) {
-    const tile::MnMajor<kBlock> operand{stage.operand};
+  MAMBA2_DEVICE void scale_state(float decay) {
+    MAMBA2_UNROLL
+    for (float& e : state) e *= decay;
+  }
+  // state += tokens^T diag(weight) operand, over one block of 64 tokens, a step of the product
+  // after another, from the nearest to the chunk's other end on; kSeconds of them in two words.
+  template <int kSeconds>
+  MAMBA2_DEVICE void add_tokens(const Stage& stage, const PairWeights* weight) {
+    const int first = sweep.reverse ? 0 : kSteps - 1, onward = sweep.reverse ? 1 : -1;
     constexpr int kPairs = kTokensAStep / 2;
     uint32_t a[4 * kSteps], rest[4 * kSeconds + 1];
-    tile::load_transposed<kSteps>(a, stage.tokens[i] + first * kTokensAStep * kHeadDim, me);
     MAMBA2_UNROLL
-    for (int r = 0; r < 4 * kSteps; ++r)
-      a[r] = weigh_pair<T>(a[r], weight[first * kPairs + me.column(r / 2) / 2]);
-    if constexpr (kSeconds > 0) {
-      tile::load_transposed<kSeconds>(tile::front<4 * kSeconds>(rest),
-                                      stage.tokens[i] + second * kTokensAStep * kHeadDim, me);
-      MAMBA2_UNROLL
-      for (int r = 0; r < 4 * kSeconds; ++r)
-        rest[r] = weigh_pair_rest<T>(rest[r], weight[second * kPairs + me.column(r / 2) / 2]);
+    for (int k = 0; k < kSteps; ++k)
+      tile::load_transposed<1>(reinterpret_cast<uint32_t (&)[4]>(a[4 * k]),
+                               stage.tokens[i] + (first + k * onward) * (kTokensAStep * kHeadDim),
+                               me);
+    MAMBA2_UNROLL
+    for (int r = 0; r < 4 * kSteps; ++r) {
+      const int pair = (first + r / 4 * onward) * kPairs + me.column(r % 4 / 2) / 2;
+      const PairWeights w = weight[pair];
+      const uint32_t v = a[r];
+      a[r] = weigh_pair<T>(v, w);
+      if (r < 4 * kSeconds) rest[r] = weigh_pair_rest<T>(v, w, a[r]);
     }
+    const tile::MnMajor<kBlock> operand{stage.operand};
     ptx::wgmma_fence_operand(state);
     ptx::wgmma_fence();
     MAMBA2_UNROLL
-    for (int k = 0; k < kSteps; ++k)
-      ptx::WgmmaRs<T, kN, true>::run(state, a + 4 * k, operand.at(first + k), true);
-    MAMBA2_UNROLL
-    for (int k = 0; k < kSeconds; ++k)
-      ptx::WgmmaRs<T, kN, true>::run(state, rest + 4 * k, operand.at(second + k), true);
+    for (int k = 0; k < kSteps + kSeconds; ++k)
+      ptx::WgmmaRs<T, kN, true>::run(state, k < kSteps ? a + 4 * k : rest + 4 * (k - kSteps),
+                                     operand.at(first + k % kSteps * onward), true);
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(state);
   }
-  // state = decay state + tokens^T diag(weight) operand, over a block.
-  MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight,
-                               const BlockPlan& plan) {
-    constexpr int kSteps = kBlock / kTokensAStep;
-    constexpr int kAtOnce = kHeads > 2 ? kSteps / 2 : kSteps;  // in two words: registers
-    const float decay = plan.decay;
-    MAMBA2_UNROLL
-    for (float& e : state) e *= decay;
-    const int two_words = tile::uniform(static_cast<int>(plan.two_words));
-    if (two_words == static_cast<int>(TwoWords::nearest)) {
-      add_tokens<kSteps, 1>(stage, weight, 0, sweep.reverse ? 0 : kSteps - 1);
-    } else if (two_words == static_cast<int>(TwoWords::none)) {
-      add_tokens<kSteps, 0>(stage, weight, 0, 0);
-    } else {
-      MAMBA2_NO_UNROLL
-      for (int k = 0; k < kSteps; k += kAtOnce) add_tokens<kAtOnce, kAtOnce>(stage, weight, k, k);
-    }
+  MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight, int seconds) {
+    static_assert(kMostSeconds == 2, "one case each");
+    if (seconds == 1)
+      add_tokens<1>(stage, weight);
+    else if (seconds == 0)
+      add_tokens<0>(stage, weight);
+    else
+      add_tokens<2>(stage, weight);
   }
 
   // Rows that belong to the next sequence become zero.
@@ -216,10 +211,15 @@ struct Consumer {
         const int block = block_of(chunk, sweep, step);
         auto& stage = s.stage[at.stage];
         const int count = chunk.count - block * kBlock;
+        int seconds = 0;
+        if (active) {
+          const BlockPlan plan = s.plan[k & 1][i][block];
+          scale_state(plan.decay);
+          seconds = tile::uniform(plan.seconds);
+        }
         ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
         if (args.chunking.table && count < kBlock) clear_tail(stage, count);
-        if (active)
-          add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, s.plan[k & 1][i][block]);
+        if (active) add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, seconds);
         arrive_warp(&s.ring.empty[at.stage], me.lane);
         at.advance();
       }

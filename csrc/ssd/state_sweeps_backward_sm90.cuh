@@ -10,16 +10,16 @@ constexpr int consumer_threads(int heads) { return heads * tile::kWarpgroup; }
 constexpr int threads_of(int heads) { return consumer_threads(heads) + 32; }
 enum Barriers { kTailBarrier = 1, kHeadBarriers };
 
-// Of the groups of 16 tokens of a block, those that are weighed in two words.
-enum class TwoWords { none, nearest, all };
-// Tokens are, of which the state keeps more than this until it is handed on.
+constexpr int kTokensAStep = 16, kSteps = kBlock / kTokensAStep;  // of a product
+// In two words are the tokens next to the chunk's other end, and of the others those of which the
+// state keeps more than this until there; but no more than kMostSeconds steps of a block.
 constexpr float kTwoWordsLog2 = -1;
-constexpr int kTokensAStep = 16;  // of a product
+constexpr int kMostSeconds = 2;
 
 // What the warpgroup of a head does with a block of 64 tokens.
 struct BlockPlan {
   float decay;
-  TwoWords two_words;
+  int seconds;  // steps with a second word, from the nearest to the chunk's other end on
 };
 
 template <class T, int kN, int kHeads>
@@ -116,17 +116,15 @@ struct Scalars {
   MAMBA2_DEVICE float weight(bool reverse) const {
     return reverse ? ptx::ex2(a_log2 - a_before_log2) : ptx::ex2(a_end_log2 - a_log2) * delta;
   }
-  // The token of a block that knows its plan: up to it, on the way, lie the groups that are not the
-  // nearest to the chunk's other end.
+  // The token of a block that knows its plan: the first, on the way, of the nearest step but one.
   MAMBA2_DEVICE static int planner(bool reverse) {
     return reverse ? kTokensAStep - 1 : kBlock - kTokensAStep - 1;
   }
   MAMBA2_DEVICE BlockPlan plan(bool reverse) const {
-    const float left_log2 = reverse ? a_log2 : a_last_log2 - a_log2;
+    const float next_log2 = reverse ? a_log2 : a_last_log2 - a_log2;
     const float nearest_log2 = reverse ? a_before_log2 : a_last_log2 - a_end_log2;
-    return {ptx::ex2(a_end_log2 - a_before_log2), left_log2 > kTwoWordsLog2      ? TwoWords::all
-                                                  : nearest_log2 > kTwoWordsLog2 ? TwoWords::nearest
-                                                                                 : TwoWords::none};
+    return {ptx::ex2(a_end_log2 - a_before_log2),
+            (nearest_log2 > kTwoWordsLog2) + (next_log2 > kTwoWordsLog2)};
   }
 };
 

@@ -100,7 +100,7 @@ def test_states_kept_by_the_forward(emulated, name, variant):
 
 # Of the yardstick's error, where tokens are weighed in two words (docs/numerics.md).
 LESS = {
-    "weak": {"d_initial_states": 0.02, "dB": 0.8, "dC": 0.8},
+    "weak": {"d_initial_states": 0.8, "dA": 0.8, "dB": 0.85, "dC": 0.85},
     "usual": {"d_initial_states": 0.2},
 }
 
