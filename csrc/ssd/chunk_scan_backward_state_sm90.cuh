@@ -70,21 +70,22 @@ struct StateSide : ScanConsumer<T, kN> {
     tile::product_rs<T, kN, 4>(d, a, tile::MnMajor<kHeadDim>{states}, true);
     ptx::wgmma_commit_group();
   }
-  // What rounding weighted rows lost, in a chunk of weak decay: most of the error of dB and dC
-  // there.
+  // The second words of weighted rows: in a chunk of weak decay, what the first ones have lost is
+  // most of the error of dB and dC.
   MAMBA2_DEVICE void add_second_words(const TokenStage<T>& stage, const StateStage<T, kN>& states) {
+    const tile::Lane lane(32 * me.warp + ptx::laneid());  // anew: kept, it would cost registers
     const float* a_log2 = stage.a_log2 + task.block * kBlock;
     const float* delta = stage.delta + task.block * kBlock;
-    float weight[2] = {ptx::ex2(a_log2[me.row(0)]), ptx::ex2(a_log2[me.row(1)])};
+    float weight[2] = {ptx::ex2(a_log2[lane.row(0)]), ptx::ex2(a_log2[lane.row(1)])};
     uint32_t rest[16];
-    tile::load_fragments<4>(rest, stage.dy[0], me);
+    tile::load_fragments<4>(rest, stage.dy[0], lane);
     scale_rows_rest<T>(rest, weight);
     add_product<T, kN>(dC, rest, tile::MnMajor<kHeadDim>{states.S});
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half)
       weight[half] =
-          ptx::ex2(stage.a_log2[kBackwardQ - 1] - a_log2[me.row(half)]) * delta[me.row(half)];
-    tile::load_fragments<4>(rest, stage.x, me);
+          ptx::ex2(stage.a_log2[kBackwardQ - 1] - a_log2[lane.row(half)]) * delta[lane.row(half)];
+    tile::load_fragments<4>(rest, stage.x, lane);
     scale_rows_rest<T>(rest, weight);
     add_product<T, kN>(dB, rest, tile::MnMajor<kHeadDim>{states.G});
   }

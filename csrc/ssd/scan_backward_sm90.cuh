@@ -155,7 +155,7 @@ MAMBA2_DEVICE uint32_t weigh_pair_rest(uint32_t v, const PairWeights& w, uint32_
   const uint32_t minus = weighed ^ 0x80008000u;
   return ptx::fma_rn_x2<T>(v, w.rest, ptx::fma_rn_x2<T>(v, w.most, minus));
 }
-// A fragment's rows times their weights: register i holds row 8 (i & 1). And its second word.
+// A fragment's rows times their weights: register i holds row 8 (i & 1). And the second words.
 template <class T>
 MAMBA2_DEVICE void scale_rows(uint32_t (&a)[16], const float (&weight)[2]) {
   const PairWeights of[2] = {split_weights<T>(weight[0], weight[0]),

@@ -135,49 +135,67 @@ struct Consumer {
           (parts[0] + parts[1] + parts[2] + parts[3]) * ptx::ex2(a_last_log2);
   }
 
-  MAMBA2_DEVICE void scale_state(float decay) {
+  // The nearest steps of a block before and after weighing, to find their second words from.
+  struct Nearest {
+    uint32_t v[4 * kMostSeconds], weighed[4 * kMostSeconds];
+    PairWeights weight[2 * kMostSeconds];
+    MAMBA2_DEVICE void rests(uint32_t (&rest)[4 * kMostSeconds]) const {
+      MAMBA2_UNROLL
+      for (int r = 0; r < 4 * kMostSeconds; ++r)
+        rest[r] = weigh_pair_rest<T>(v[r], weight[r / 2], weighed[r]);
+    }
+  };
+  // state = decay state + tokens^T diag(weight) operand, over one block of 64 tokens, a step of the
+  // product after another, from the nearest to the chunk's other end on. What second words want is
+  // done while the product of the first ones runs, where there are registers for it.
+  MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight,
+                               const BlockPlan& plan) {
+    constexpr int kPairs = kTokensAStep / 2;
+    constexpr bool kEarly = kHeads > 2;
+    const int first = sweep.reverse ? 0 : kSteps - 1, onward = sweep.reverse ? 1 : -1;
+    const float decay = plan.decay;
+    int seconds = kEarly ? 0 : tile::uniform(plan.seconds);
     MAMBA2_UNROLL
     for (float& e : state) e *= decay;
-  }
-  // state += tokens^T diag(weight) operand, over one block of 64 tokens, a step of the product
-  // after another, from the nearest to the chunk's other end on; kSeconds of them in two words.
-  template <int kSeconds>
-  MAMBA2_DEVICE void add_tokens(const Stage& stage, const PairWeights* weight) {
-    const int first = sweep.reverse ? 0 : kSteps - 1, onward = sweep.reverse ? 1 : -1;
-    constexpr int kPairs = kTokensAStep / 2;
-    uint32_t a[4 * kSteps], rest[4 * kSeconds + 1];
+    uint32_t a[4 * kSteps], rest[4 * kMostSeconds];
     MAMBA2_UNROLL
     for (int k = 0; k < kSteps; ++k)
       tile::load_transposed<1>(reinterpret_cast<uint32_t (&)[4]>(a[4 * k]),
                                stage.tokens[i] + (first + k * onward) * (kTokensAStep * kHeadDim),
                                me);
+    Nearest nearest;
     MAMBA2_UNROLL
     for (int r = 0; r < 4 * kSteps; ++r) {
-      const int pair = (first + r / 4 * onward) * kPairs + me.column(r % 4 / 2) / 2;
-      const PairWeights w = weight[pair];
+      const PairWeights w = weight[(first + r / 4 * onward) * kPairs + me.column(r % 4 / 2) / 2];
       const uint32_t v = a[r];
       a[r] = weigh_pair<T>(v, w);
-      if (r < 4 * kSeconds) rest[r] = weigh_pair_rest<T>(v, w, a[r]);
+      if (r < 4 * kMostSeconds)
+        nearest.v[r] = v, nearest.weighed[r] = a[r], nearest.weight[r / 2] = w;
     }
+    if (kEarly) nearest.rests(rest);
     const tile::MnMajor<kBlock> operand{stage.operand};
+    const auto multiply = [&](int k, const uint32_t* words) {
+      ptx::WgmmaRs<T, kN, true>::run(state, words + 4 * k, operand.at(first + k * onward), true);
+    };
     ptx::wgmma_fence_operand(state);
     ptx::wgmma_fence();
     MAMBA2_UNROLL
-    for (int k = 0; k < kSteps + kSeconds; ++k)
-      ptx::WgmmaRs<T, kN, true>::run(state, k < kSteps ? a + 4 * k : rest + 4 * (k - kSteps),
-                                     operand.at(first + k % kSteps * onward), true);
+    for (int k = 0; k < kSteps; ++k) multiply(k, a);
     ptx::wgmma_commit_group();
+    const auto multiply_rests = [&](auto count) {
+      if (!kEarly) nearest.rests(rest);
+      ptx::wgmma_fence();
+      MAMBA2_UNROLL
+      for (int k = 0; k < count(); ++k) multiply(k, rest);
+      ptx::wgmma_commit_group();
+    };
+    if (kEarly) seconds = tile::uniform(plan.seconds);
+    if (seconds == 1)
+      multiply_rests(std::integral_constant<int, 1>{});
+    else if (seconds == 2)
+      multiply_rests(std::integral_constant<int, kMostSeconds>{});
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(state);
-  }
-  MAMBA2_DEVICE void add_block(const Stage& stage, const PairWeights* weight, int seconds) {
-    static_assert(kMostSeconds == 2, "one case each");
-    if (seconds == 1)
-      add_tokens<1>(stage, weight);
-    else if (seconds == 0)
-      add_tokens<0>(stage, weight);
-    else
-      add_tokens<2>(stage, weight);
   }
 
   // Rows that belong to the next sequence become zero.
@@ -211,15 +229,10 @@ struct Consumer {
         const int block = block_of(chunk, sweep, step);
         auto& stage = s.stage[at.stage];
         const int count = chunk.count - block * kBlock;
-        int seconds = 0;
-        if (active) {
-          const BlockPlan plan = s.plan[k & 1][i][block];
-          scale_state(plan.decay);
-          seconds = tile::uniform(plan.seconds);
-        }
         ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
         if (args.chunking.table && count < kBlock) clear_tail(stage, count);
-        if (active) add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, seconds);
+        if (active)
+          add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, s.plan[k & 1][i][block]);
         arrive_warp(&s.ring.empty[at.stage], me.lane);
         at.advance();
       }
