@@ -25,7 +25,7 @@
 namespace mamba2::ssd::sm90 {
 namespace sweeps {
 
-template <class T, int kN, int kHeads>
+template <class T, int kN, int kHeads, bool kReverse>
 struct Consumer {
   using Smem = SweepSmem<T, kN, kHeads>;
   using Stage = SweepStage<T, kN, kHeads>;
@@ -76,7 +76,7 @@ struct Consumer {
   MAMBA2_DEVICE void begin() {
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; ++e) state[e] = 0;
-    if (sweep.reverse) {
+    if (kReverse) {
       if (args.d_final_states) load_state(args.d_final_states);
     } else if (args.initial_states.ptr) {
       if (args.initial_states.dtype == DType::f32)
@@ -86,7 +86,7 @@ struct Consumer {
     }
   }
   MAMBA2_DEVICE void end() {
-    if (!sweep.reverse || !args.d_initial_states) return;
+    if (!kReverse || !args.d_initial_states) return;
     for_each_pair([&](int e, int64_t at) {
       *reinterpret_cast<float2*>(args.d_initial_states + at) = float2{state[e], state[e + 1]};
     });
@@ -94,11 +94,11 @@ struct Consumer {
 
   // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
   MAMBA2_DEVICE void write_state(int chunk, const Scalars& scalars, int parity) {
-    const float weight = scalars.weight(sweep.reverse);
+    const float weight = scalars.weight(kReverse);
     const float next = __shfl_down_sync(kAllLanes, weight, 1);
     if (thread % 2 == 0) s.weight[parity][i][thread / 2] = split_weights<T>(weight, next);
-    if (thread % kBlock == Scalars::planner(sweep.reverse))
-      s.plan[parity][i][thread / kBlock] = scalars.plan(sweep.reverse);
+    if (thread % kBlock == Scalars::planner(kReverse))
+      s.plan[parity][i][thread / kBlock] = scalars.plan(kReverse);
     T* image = s.image[parity][i];
     MAMBA2_UNROLL
     for (int step = 0; step < kN / 16; ++step) {
@@ -111,7 +111,7 @@ struct Consumer {
     if (thread == 0) ptx::bulk_wait_group_read<0>();  // the other image has been read
     barrier();
     if (thread == 0) {
-      T* out = static_cast<T*>(sweep.reverse ? args.d_states : args.states);
+      T* out = static_cast<T*>(kReverse ? args.d_states : args.states);
       ptx::bulk_store(out + args.head_at(chunk, head) * (kHeadDim * kN), image,
                       sizeof(T) * kHeadDim * kN);
       ptx::bulk_commit_group();
@@ -152,9 +152,9 @@ struct Consumer {
                                const BlockPlan& plan) {
     constexpr int kPairs = kTokensAStep / 2;
     constexpr bool kEarly = kHeads > 2;
-    const int first = sweep.reverse ? 0 : kSteps - 1, onward = sweep.reverse ? 1 : -1;
+    constexpr int first = kReverse ? 0 : kSteps - 1, onward = kReverse ? 1 : -1;
     const float decay = plan.decay;
-    int seconds = kEarly ? 0 : tile::uniform(plan.seconds);
+    const int planned = plan.seconds;
     MAMBA2_UNROLL
     for (float& e : state) e *= decay;
     uint32_t a[4 * kSteps], rest[4 * kMostSeconds];
@@ -189,7 +189,7 @@ struct Consumer {
       for (int k = 0; k < count(); ++k) multiply(k, rest);
       ptx::wgmma_commit_group();
     };
-    if (kEarly) seconds = tile::uniform(plan.seconds);
+    const int seconds = tile::uniform(planned);
     if (seconds == 1)
       multiply_rests(std::integral_constant<int, 1>{});
     else if (seconds == 2)
@@ -219,9 +219,9 @@ struct Consumer {
         next = Scalars(args, sweep.number(k + 1), tensor_head, thread);
       if (active) {
         write_state(sweep.number(k), now, k & 1);
-        if (!sweep.reverse && args.K_by_forward_sweep(chunk))
+        if (!kReverse && args.K_by_forward_sweep(chunk))
           write_through(sweep.number(k), now.a_last_log2, args.d_final_states);
-        if (sweep.reverse && args.K_by_reverse_sweep(chunk))
+        if (kReverse && args.K_by_reverse_sweep(chunk))
           write_through(sweep.number(k), now.a_last_log2,
                         static_cast<const float*>(args.initial_states.ptr));
       }
@@ -270,8 +270,10 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(threads_of(kHeads), 1)
   // All that a producer loads is there before, unless dy is what a gate has left.
   if (threadIdx.x < kConsumerThreads || reverse_only) ptx::griddepcontrol_wait();
   if (sweep.i_seq == 0 && blockIdx.y == 0) spread_D(args, sweep);
-  if (threadIdx.x < kConsumerThreads)
-    Consumer<T, kN, kHeads>(args, s, sweep).run();
+  if (threadIdx.x < kConsumerThreads && sweep.reverse)
+    Consumer<T, kN, kHeads, true>(args, s, sweep).run();
+  else if (threadIdx.x < kConsumerThreads)
+    Consumer<T, kN, kHeads, false>(args, s, sweep).run();
   else if (threadIdx.x == kConsumerThreads)
     produce<T, kN, kHeads>(args, s, sweep);
 #endif
