@@ -66,12 +66,15 @@ struct FinishingSide {
     const int lane = ptx::laneid();
     tile::Lane rows(lane);
     float upper[4] = {}, lower[4] = {};  // 16 rows of G by the upper, the lower 8 rows of S
+    constexpr int kParts = 8, kSteps = kN / 16, kPartRows = kSteps * (kHeadDim / 16) / kParts;
     MAMBA2_NO_UNROLL
-    for (int step = warp; step < kN / 16; step += kFinishWarps) {
+    for (int part = warp; part < kParts; part += kFinishWarps) {
+      const int step = part * kSteps / kParts;
       const int panel = step / 4 * kHeadDim * tile::kPanelColumns;
       MAMBA2_UNROLL
-      for (rows.warp = 0; rows.warp < kHeadDim / 16; ++rows.warp) {
+      for (int i = 0; i < kPartRows; ++i) {
         uint32_t g[4], h[4];
+        rows.warp = part * kPartRows % (kHeadDim / 16) + i;
         tile::load_fragment(g, states.G + panel, step % 4, rows);
         tile::load_fragment(h, states.S + panel, step % 4, rows);
         ptx::mma_m16n8k16<T>(upper, g, h[0], h[2]);
@@ -151,16 +154,17 @@ struct FinishingSide {
         ptx::mbarrier_wait(&s.states_ring.full[state.stage], state.phase);
         multiply_states(s.states[state.stage], results.K);
         arrive_warp(&s.states_ring.empty[state.stage], lane);
-        ptx::bar_sync(kFinishBarrier, kThreads);
+        if (lane == 0) ptx::mbarrier_arrive(&s.results_ring.full[slot.stage]);  // K's parts too
       }
       ptx::mbarrier_wait(&s.results_ring.full[slot.stage], slot.phase);
       if (args.completes_dx()) store_dx(place, s.dx[i % Shape::kDxTiles]);
-      MAMBA2_NO_UNROLL
-      for (int k = thread_anew(); k < 2 * kBlock; k += kThreads) {
-        if (k < kBlock)
-          store_token_sums(results, index, k);
-        else
-          store_other_sums(results, index, head, k - kBlock);
+      arrive_warp(&s.dx_empty[i % Shape::kDxTiles], lane);
+      if (warp < kBlock / 32) {
+        store_token_sums(results, index, thread_anew());
+      } else {
+        MAMBA2_NO_UNROLL
+        for (int k = 0; k < kBlock; k += 32)
+          store_other_sums(results, index, head, k + ptx::laneid());
       }
       arrive_warp(&s.results_ring.empty[slot.stage], lane);
     }

@@ -104,7 +104,8 @@ struct alignas(1024) ChunkScanBackwardSmem {
   ptx::Mbarrier group_full;  // B and C are in
   // The same, and tokens, of a ragged chunk before its last rows are cleared.
   ptx::Mbarrier group_loaded, tokens_loaded[Shape::kTokenStages];
-  ptx::Mbarrier tokens_done, dCB_full;  // after the last head, where consumers meet
+  ptx::Mbarrier dx_empty[Shape::kDxTiles];  // the finishing side has read one
+  ptx::Mbarrier tokens_done, dCB_full;      // after the last head, where consumers meet
 
   // C of the later tokens: until C B^T takes its place, and again after the last head, in the ring
   // of states.
@@ -117,7 +118,6 @@ enum Target { kOwn = 0, kLater = 1 };
 enum ScanBarriers {
   kTokenSidesBarrier = 1,
   kStateSideBarrier,
-  kFinishBarrier,
   kExchangeBarriers  // 4: by warp
 };
 

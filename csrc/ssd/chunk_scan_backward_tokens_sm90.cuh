@@ -142,11 +142,13 @@ struct TokenSide : TokenGroup<T, kN> {
     if (part() == 0 && (me.lane & 2) == 0)
       results.delta[me.row(lower)] = lower ? rows.delta[1] : rows.delta[0];
   }
-  // Until the finishing side is done with the head whose dx lay where the i-th's will.
+  // Until the finishing side has read the dx that lay where the i-th head's will.
   MAMBA2_DEVICE void wait_dx(int i) const {
-    if (i < Shape::kDxTiles) return;
-    const ResultSlot last(i - Shape::kDxTiles);
-    ptx::mbarrier_wait(&s.results_ring.empty[last.stage], last.phase);
+    ptx::mbarrier_wait(&s.dx_empty[i % Shape::kDxTiles], i / Shape::kDxTiles + 1 & 1);
+  }
+  // Until it is done with the sums that lay where this head's will.
+  MAMBA2_DEVICE void wait_results(const ResultSlot& slot) const {
+    ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);
   }
   // This lane's part of dx, complete and rounded: to shared memory.
   MAMBA2_DEVICE void leave(const TokenStage<T>& stage, const Gradient& dx, const Rows& rows,
@@ -171,7 +173,7 @@ struct TokenSide : TokenGroup<T, kN> {
     const ResultSlot slot(i);
     const TokenSlot next = at.next();
     const TokenStage<T>& stage = s.tokens[at.stage];
-    HeadResults& results = s.results[slot.stage];  // free: wait_dx() of the last head has waited
+    HeadResults& results = s.results[slot.stage];
     const float* a_run_log2 = stage.a_run_log2 + task.block * kBlock;
     Rows rows = this->rows_of(stage);
     const auto own = this->load_columns(a_run_log2);
@@ -193,6 +195,7 @@ struct TokenSide : TokenGroup<T, kN> {
     ptx::wgmma_fence_operand(dx);
     arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
     weigh_state(dx, F, x, rest, rows);
+    wait_results(slot);
     take(other, buffer);
     multiply_weights(dx, m, other, stage.dy[kOwn]);
     this->leave_columns(columns, results, kOwn);
@@ -238,10 +241,10 @@ struct TokenSide : TokenGroup<T, kN> {
     multiply_tokens(stage, kOwn);
     Fragment m, later_m;
     float columns[2 * kGroups], F[2] = {};
-    ptx::mbarrier_wait(&s.results_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
     this->weigh_own(m, rows, columns, own, a_run_log2);
+    wait_results(slot);
     const float rest = rest_of_chunk(stage);
     if (earlier()) {
       multiply_tokens(stage, kLater);
