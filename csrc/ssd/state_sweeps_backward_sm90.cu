@@ -225,6 +225,7 @@ struct Consumer {
           write_through(sweep.number(k), now.a_last_log2,
                         static_cast<const float*>(args.initial_states.ptr));
       }
+      if (k == sweep.added) break;
       for (int step = 0; step < blocks_of(chunk); ++step) {
         const int block = block_of(chunk, sweep, step);
         auto& stage = s.stage[at.stage];

@@ -43,6 +43,7 @@ struct Sweep {
   bool reverse;
   int i_seq, group, first_head, heads;
   int first_chunk, chunks;
+  int added;  // of these, to the state: all but the last, unless the state behind it is asked for
   Sequence sequence;
   MAMBA2_DEVICE Sweep(const BackwardArgs& args, int heads_at_once, bool reverse)
       : reverse(reverse) {
@@ -54,6 +55,7 @@ struct Sweep {
     heads = min(heads_at_once, args.heads_per_group() - skipped);
     first_chunk = args.chunking.first(i_seq);
     chunks = args.chunking.count(i_seq);
+    added = chunks - !(reverse && args.d_initial_states);
     sequence = args.chunking.sequence(i_seq);
   }
   // The k-th chunk on the way: its place in the sequence, its number among all chunks, and what
@@ -79,7 +81,7 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN, kHeads>& s
   const ptx::TensorMap* tokens = sweep.reverse ? &args.dy : &args.x;
   const uint32_t bytes = sizeof(T) * kBlock * (kN + sweep.heads * kHeadDim);
   tile::RingPosition<stages_of(kHeads)> at;
-  for (int k = 0; k < sweep.chunks; ++k) {
+  for (int k = 0; k < sweep.added; ++k) {
     const Chunk chunk = sweep.chunk(k);
     for (int step = 0; step < blocks_of(chunk); ++step) {
       auto& stage = s.stage[at.stage];
