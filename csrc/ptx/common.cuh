@@ -60,6 +60,11 @@ MAMBA2_DEVICE int ld_acquire_gpu(const int* p) {
 MAMBA2_DEVICE void st_release_gpu(int* p, int v) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+MAMBA2_DEVICE void st_relaxed_gpu(int* p, int v) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// What this thread knows of comes before the flags it raises from here on.
+MAMBA2_DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 MAMBA2_DEVICE int atom_add_relaxed_gpu(int* p, int v) {
   int old;
   asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;"

@@ -40,7 +40,7 @@ inline void start_block(Block& b, uint64_t number) {
   b.warpgroup_products.assign((warps + 3) / 4, {});
   b.live = grid->threads;
   b.busy = true;
-  b.waited_for_grid = false;
+  b.waited_for_grid = b.acquired = false;
   b.free_registers = 0;
   while (b.stacks.size() < threads) b.stacks.emplace_back();
   // What the compiler may give each thread at most, and setmaxnreg redistributes.
@@ -71,8 +71,8 @@ inline void finish_block(Block& b) {
       fault("block wrote past its %zu bytes of shared memory", grid->smem_bytes);
     }
   }
-  if (grid->programmatic && !b.waited_for_grid) {
-    fault("a block of a programmatic launch ended without griddepcontrol_wait");
+  if (grid->programmatic && !b.waited_for_grid && !b.acquired) {
+    fault("a block of a programmatic launch ended without griddepcontrol_wait or ld_acquire_gpu");
   }
   grid->ending = nullptr;
   b.busy = false;
@@ -170,7 +170,7 @@ inline void run_grid() {
       busy |= b.busy;
       live += static_cast<uint64_t>(b.live);
     }
-    if (!busy) return;
+    if (!busy) break;
     bool any_done = false;
     while (!any_done) {
       ++grid->ticks;
@@ -187,6 +187,8 @@ inline void run_grid() {
       any_done = !b.busy;
     }
   }
+  if (grid->programmatic && !grid->waited)
+    fault("no block of a programmatic launch called griddepcontrol_wait");
 }
 
 // Runs `body` once per thread of the grid. Returns 0 or an error code; last_error() says why.

@@ -174,13 +174,16 @@ inline void bar_sync(int id, int threads) { emulation::named_barrier(id, threads
 
 inline int ld_acquire_gpu(const int* p) {
   emulation::spin("ld_acquire_gpu");
+  emulation::grid->current->acquired = emulation::grid->current->block->acquired = true;
   return *static_cast<const volatile int*>(p);
 }
-inline void st_release_gpu(int* p, int v) {
-  *static_cast<volatile int*>(p) = v;
+inline void st_relaxed_gpu(int* p, int v) {
+  *static_cast<volatile int*>(p) = std::min(v, emulation::options().most_released);
   emulation::progress();
   emulation::yield_sometimes();
 }
+inline void fence_acq_rel_gpu() {}
+inline void st_release_gpu(int* p, int v) { st_relaxed_gpu(p, v); }
 inline int atom_add_relaxed_gpu(int* p, int v) {
   emulation::yield_sometimes();
   const int old = *p;
@@ -192,7 +195,9 @@ inline float4 ld_cg_v4(const float* p) {
   emulation::require_aligned(p, 16, "ld_cg_v4");
   return *reinterpret_cast<const float4*>(p);
 }
-inline void griddepcontrol_wait() { emulation::grid->current->block->waited_for_grid = true; }
+inline void griddepcontrol_wait() {
+  emulation::grid->current->block->waited_for_grid = emulation::grid->waited = true;
+}
 inline void griddepcontrol_launch_dependents() {}
 inline void nanosleep(unsigned) { emulation::spin("nanosleep"); }
 

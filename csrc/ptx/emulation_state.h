@@ -25,6 +25,7 @@ struct Options {
   uint64_t seed = 1;        // launch k after set() draws from seed + k
   Timing timing = Timing::random;
   uint64_t launches = 0;
+  int most_released = 0x7fffffff;  // flags stay at that: whoever waits for more waits for ever
 };
 
 // A copy issued by cp.async and not yet performed.
@@ -58,6 +59,8 @@ struct Fiber {
   bool done = false;
   const char* waits_for = nullptr;  // for the report of a deadlock
   uint32_t detail = 0;
+
+  bool acquired = false;  // has read a flag, and not fenced what it asks the engines for since
 
   std::vector<ThreadCopy> copies;
   int copy_groups = 0;
@@ -139,7 +142,7 @@ struct Block {
   char* async_smem = nullptr;    // the same as the asynchronous engines see it
   bool has_proxy_fence = false;  // some thread fenced since the two were made equal
   int live = 0, tasks = 0;
-  bool busy = false, waited_for_grid = false;
+  bool busy = false, waited_for_grid = false, acquired = false;
   NamedBarrier barriers[16];
   std::unordered_map<uint32_t, MbarrierState> mbarriers;  // by shared-window address
   std::vector<std::vector<Product>> warpgroup_products;
@@ -151,7 +154,7 @@ struct Grid {
   dim3 shape;
   int threads = 0;
   size_t smem_bytes = 0;
-  bool programmatic = false;
+  bool programmatic = false, waited = false;  // some thread of it, for the kernels in front
   std::function<void()> body;
   std::vector<Block> blocks;  // resident
   std::vector<Warp*> ready;

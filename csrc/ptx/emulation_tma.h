@@ -89,7 +89,13 @@ inline TensorCopy tensor_copy(const char* what, const ptx::TensorMap* map, int r
   return c;
 }
 
+// What another thread's flag has told this one of, the engines know only behind a fence.
+inline void check_acquired(const char* what) {
+  if (grid->current->acquired)
+    fault("%s: ld_acquire_gpu before it, no fence_proxy_async_global", what);
+}
 inline void issue_load(const TensorCopy& c, uint64_t* full) {
+  check_acquired(c.what);
   MbarrierState& b = load_barrier(full, c.what);
   async_poison(*c.block, c.block->smem + (c.smem - kSharedWindow), c.bytes());
   schedule([c, &b] {
@@ -178,6 +184,7 @@ inline void check_bulk(const void* smem, const void* gmem, uint32_t bytes, const
 inline void bulk_load(void* smem, const void* gmem, uint32_t bytes, Mbarrier* full) {
   using namespace emulation;
   check_bulk(smem, gmem, bytes, "bulk_load");
+  check_acquired("bulk_load");
   MbarrierState& b = load_barrier(full, "bulk_load");
   Block& block = *grid->current->block;
   async_poison(block, smem, bytes);
@@ -212,5 +219,6 @@ inline void prefetch_tensormap(const TensorMap* map) {
   if (map->rank == 0) emulation::fault("prefetch_tensormap: the map was never encoded");
 }
 inline void fence_proxy_async_shared() { emulation::grid->current->block->has_proxy_fence = true; }
+inline void fence_proxy_async_global() { emulation::grid->current->acquired = false; }
 
 }  // namespace mamba2::ptx

@@ -90,6 +90,11 @@ MAMBA2_DEVICE void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// What this thread knows to be in global memory, the asynchronous engine will find there.
+MAMBA2_DEVICE void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // One lane of the warp, all of which ask: known to be one, what it issues is issued once.
 MAMBA2_DEVICE bool elect_sync() {
   uint32_t elected;

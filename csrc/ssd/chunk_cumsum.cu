@@ -9,8 +9,9 @@
 // own, for the backward: a token between two resets, or between two tokens that forget all, takes
 // part in the decay gradient with the decay of a pair (docs/numerics.md). Or the sums are counted
 // anew from the first of each run of 16 tokens, which serves the same end where runs are what a
-// kernel works on. Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a
-// chunk (21 MB at b 8, l 4096, h 80) and by latency when the problem is small.
+// kernel works on. As the first kernel of a call it can make counts zero for later ones.
+// Shared memory: 2 x 16 x (q + 2) floats. Bound by the 8 h q bytes it writes a chunk (21 MB at b 8,
+// l 4096, h 80) and by latency when the problem is small.
 #include "../core/launch.h"
 #include "../ptx/common.cuh"
 #include "launch.h"
@@ -30,6 +31,7 @@ struct CumsumParams {
   float* a_cumsum_log2;  // (chunks, h, q) out
   float* a_rest_log2;    // (chunks, h, q) out, optional
   float* a_run_log2;     // (chunks, h, q) out, optional
+  ZeroCounts zeros;
 };
 
 template <int q>
@@ -37,6 +39,12 @@ struct CumsumShared {
   float delta[kHeads][q + 2];  // two heads and two tokens of a warp fall in 32 different banks
   float a[kHeads][q + 2];
 };
+
+MAMBA2_DEVICE void make_zero(const ZeroCounts& zeros) {
+  const int64_t threads = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < zeros.count; i += threads)
+    zeros.first[i] = 0;
+}
 
 template <int q>
 MAMBA2_DEVICE void load_steps(const CumsumParams& params, const Chunk& chunk, int head_base,
@@ -97,6 +105,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 128 ? 4 : 3)
   const int head_tiles = ceil_div(params.h, kHeads);
   const int i_chunk = blockIdx.x / head_tiles, head_base = blockIdx.x % head_tiles * kHeads;
   const Chunk chunk = params.chunking.at(i_chunk);
+  make_zero(params.zeros);
   if (chunk.i_seq < 0) return;
 
   load_steps(params, chunk, head_base, shared);
@@ -122,10 +131,10 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
 }  // namespace
 
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream, float* a_rest_log2, float* a_run_log2) {
+                 void* stream, float* a_rest_log2, float* a_run_log2, const ZeroCounts& zeros) {
   const Range range("chunk_cumsum");
   const CumsumParams params{step_inputs(in), chunking,    in.shape.h, delta,
-                            a_cumsum_log2,   a_rest_log2, a_run_log2};
+                            a_cumsum_log2,   a_rest_log2, a_run_log2, zeros};
   const int64_t chunks = in.shape.chunks(chunking.q);
   switch (chunking.q) {
     case 128:

@@ -13,6 +13,8 @@
 //   one, and what they give to the later tokens goes to dC_later and later_rows. Earlier blocks
 //   take longer: they begin first, so that the card ends with short ones. But of many chunks, only
 //   the last do so: the others have their blocks side by side, and one finds S and G in the L2.
+//   Where sweeps leave room on the card, a block waits for the states of its own chunk, head by
+//   head, while they still run: it begins when all of them have a place.
 // Warpgroups: the state side (products with S and G: dC, dB, E, dD); two token sides (products of
 //   tokens, transposed: rows are j), which share out columns i and channels of each head, or, at
 //   n = 64, the heads: dx, dCB, R, Q, F; a warp that loads and three that finish: K, and dx and all
@@ -52,7 +54,9 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
                        group_loaded);
   }
 
-  ptx::griddepcontrol_wait();  // B, C and the table of chunks were there before
+  // B, C and the table of chunks were there before. What chunk_cumsum has left was complete when a
+  // sweep that counts began.
+  if (!args.progress) ptx::griddepcontrol_wait();
   constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
   const uint32_t bytes = (2 + earlier) * kTile + 3 * kScalars + kDRow;
   HeadPlace place(args, task.first_head);
@@ -61,6 +65,8 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     const int64_t index = args.head_at(task.i_chunk, head);
     const int64_t scalars = (int64_t(task.i_chunk) * args.tensor_h + place.head) * kBackwardQ;
 
+    // Looked up for each head: kept, it would cost registers. The consumers are at earlier heads.
+    if (args.progress) SweepsBefore(args, task).wait(i);
     const TokenSlot<kN> slot(i);
     TokenStage<T>& stage = s.tokens[slot.stage];
     ptx::Mbarrier* full = &tokens_loaded[slot.stage];
@@ -132,6 +138,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     ptx::setmaxnreg_inc<Shape::kTokens>();
     TokenSide<T, kN>(args, s, task).run();
   }
+  // Blocks that wait for sweeps do not wait for all of their kernel; so one does, lest this kernel
+  // be over before.
+  if (args.progress && task.ends_grid()) ptx::griddepcontrol_wait();
 #endif
 }
 

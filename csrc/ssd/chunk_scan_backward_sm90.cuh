@@ -121,6 +121,15 @@ enum ScanBarriers {
   kExchangeBarriers  // 4: by warp
 };
 
+// The i-th chunk in the order in which both directions of state_sweeps have come by: of each
+// sequence, from its middle on outwards.
+MAMBA2_DEVICE int from_middle(const Chunking& chunking, int i) {
+  const Chunk chunk = chunking.at(i);
+  if (chunk.i_seq < 0) return i;
+  const int middle = chunking.count(chunk.i_seq) / 2, away = (chunk.i_c + 1) / 2;
+  return i - chunk.i_c + middle + (chunk.i_c % 2 ? -away : away);
+}
+
 // Which tokens and heads a block works on.
 struct ScanTask {
   int i_chunk, block, group, slice, first_head, heads;
@@ -138,10 +147,16 @@ struct ScanTask {
       i_chunk = i < 0 ? blockIdx.x / 2 : paired + i - block * unpaired;
       slice = blockIdx.z;
     }
+    if (args.progress) i_chunk = from_middle(args.chunking, i_chunk);
     chunk = args.chunking.at(i_chunk);
     const int skipped = slice * args.heads_per_slice;
     first_head = group * args.heads_per_group() + skipped;
     heads = min(args.heads_per_slice, args.heads_per_group() - skipped);
+  }
+  // The last block of the grid.
+  MAMBA2_DEVICE bool ends_grid() const {
+    return blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1 &&
+           blockIdx.z == gridDim.z - 1;
   }
   MAMBA2_DEVICE int own() const { return own_of(chunk.count); }
   MAMBA2_DEVICE int own_of(int count) const { return max(0, min(kBlock, count - block * kBlock)); }
@@ -151,6 +166,25 @@ struct ScanTask {
   }
   // Whether there are such rows. The finishing side clears them before the consumers see a tile.
   MAMBA2_DEVICE bool ragged(const BackwardArgs& args) const { return valid(args) < kBackwardQ; }
+};
+
+// How far state_sweeps, which may still run, must have come for a chunk. It is looked up anew:
+// kept, it would cost all sides' registers.
+struct SweepsBefore {
+  const int *S_chunks, *G_chunks;  // of the task's first head
+  int for_S, for_G;
+  MAMBA2_DEVICE SweepsBefore(const BackwardArgs& args, const ScanTask& task) {
+    const Chunk chunk = args.chunking.at(ptx::anew(task.i_chunk));
+    S_chunks = args.progress_of(false, chunk.i_seq, task.first_head);
+    G_chunks = args.progress_of(true, chunk.i_seq, task.first_head);
+    for_S = chunk.i_c + 1;
+    for_G = args.chunking.count(chunk.i_seq) - chunk.i_c;
+  }
+  // Until S and G of the task's i-th head are stored; so is what comes before them, D's row too.
+  MAMBA2_DEVICE void wait(int i) const {
+    tile::wait_published(S_chunks + i, for_S);
+    tile::wait_published(G_chunks + i, for_G);
+  }
 };
 
 // Rows from `count` on become zero.

@@ -27,12 +27,18 @@ int zero_beyond_last_chunk(const Chunking& chunking, const Shape& shape, void* k
 
 // ---- chunk_cumsum.cu ----
 constexpr int kDecayRun = 16;  // tokens
+// Counts that the first kernel of a call makes zero for those behind it.
+struct ZeroCounts {
+  int* first = nullptr;
+  int64_t count = 0;
+};
 // q of `chunking` is 128 or 256. a_rest_log2 (chunks, h, q), optional: what a_cumsum_log2 loses
 // by being fp32, so that differences of both together are exact to fp32.
 // a_run_log2 (chunks, h, q), optional: the same sums, counted anew from the first token of each
 // kDecayRun.
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
-                 void* stream, float* a_rest_log2 = nullptr, float* a_run_log2 = nullptr);
+                 void* stream, float* a_rest_log2 = nullptr, float* a_run_log2 = nullptr,
+                 const ZeroCounts& zeros = {});
 
 namespace sm80 {
 

@@ -20,6 +20,7 @@
 // share delta, B and C: what they give to d delta is added up by delta_backward, to dB and dC as
 // any heads of a group's. Channels beyond p are read as zero and not written.
 #pragma once
+#include "../tile/progress.cuh"
 #include "../tile/sm90.cuh"
 #include "chunks.cuh"
 #include "fused_scan_keep_sm90.cuh"
@@ -59,9 +60,11 @@ struct BackwardArgs {
   void* states;                 // (chunks, h, 64 n)  T, images: S
   bool states_kept;             // by the forward
   void* d_states;               // (chunks, h, 64 n)  T, images: G
+  int* progress;                // (2, nseq, h)  chunks whose S, G state_sweeps has stored, where
+                                // chunk_scan_backward runs beside it
   float* dx_sum;                // (chunks, 2, h, 64, 64): dx without delta and D, with two passes
   bool last_pass;
-  float* D_rows;      // (h, 64)            D, spread over channels; 0 without D
+  float* D_rows;      // (h, 64)          D, spread over channels; 0 without D
   StridedOut dx;      // (b, l, tensor_h, p)  T
   float* rows_out;    // (chunks, h, q)     R_i - Q_i, and E_i in the later block
   float* later_rows;  // (chunks, h, q)     E_i; in the later block R_i over the earlier
@@ -91,6 +94,9 @@ struct BackwardArgs {
   MAMBA2_HD int64_t delta_at(int64_t chunk, int head) const {
     return chunk * tensor_h + tensor_head(head);
   }
+  MAMBA2_HD int* progress_of(bool reverse, int i_seq, int head) const {
+    return progress + head_at(reverse ? rows + i_seq : i_seq, head);
+  }
   // Whether state_sweeps writes K of a chunk, and which direction: it has states unrounded.
   MAMBA2_HD bool K_by_forward_sweep(const Chunk& chunk) const {
     return chunk.is_last && d_final_states && !states_kept;
@@ -104,6 +110,8 @@ struct BackwardArgs {
 // Each queues one kernel and returns a cudaError_t as int.
 enum class Sweeps { both, states, gradients };
 int state_sweeps(const BackwardArgs& args, Sweeps which, DType dtype, void* stream);
+// Whether what state_sweeps leaves of the card is worth that chunk_scan_backward begins beside it.
+bool sweeps_leave_room(const BackwardArgs& args, Sweeps which);
 int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream);
 int group_sum(const BackwardArgs& args, DType dtype, void* stream);
 

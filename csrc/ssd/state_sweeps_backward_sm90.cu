@@ -13,6 +13,9 @@
 // dB and dC, and so it is multiplied in two words of 16 bits there; elsewhere only the 16 tokens
 // next to where the state is handed on are, since by the time it is, little is left of the others.
 //
+// Where sweeps leave room on the card, chunks whose states are stored are counted, for
+// chunk_scan_backward, which then works on them beside the sweeps.
+//
 // grid: (sequences x sets of 2 or 3 heads, directions: both, or one); a producer warp and a
 // consumer warpgroup a head. Shared memory: 4 or 3 stages x (64 tokens of B or C, x or dy of the
 // heads) + two images a head: 195 or 220 KB at n = 128. Bound by HBM: per head and chunk 16 KB read
@@ -92,6 +95,15 @@ struct Consumer {
     });
   }
 
+  // D as (h, 64) fp32, for the next kernel, blocks of which may begin with any sequence.
+  MAMBA2_DEVICE void spread_D() const {
+    if (blockIdx.y > 0 || (sweep.i_seq > 0 && !args.progress) || thread >= kHeadDim) return;
+    const int channel = args.D_per_channel ? args.channel(head) + thread : 0;
+    const int width = args.D_per_channel ? args.p : 1;
+    const bool exists = args.D.ptr && thread < args.channels(head);
+    args.D_rows[head * kHeadDim + thread] =
+        exists ? load<float>(args.D, tensor_head * width + channel) : 0.f;
+  }
   // The state as it is, rounded, to its place in memory; and the chunk's weights to shared memory.
   MAMBA2_DEVICE void write_state(int chunk, const Scalars& scalars, int parity) {
     const float weight = scalars.weight(kReverse);
@@ -108,7 +120,10 @@ struct Consumer {
       tile::store_fragment(image + step / 4 * kHeadDim * 64, r, step % 4, me);
     }
     ptx::fence_proxy_async_shared();
-    if (thread == 0) ptx::bulk_wait_group_read<0>();  // the other image has been read
+    if (thread == 0) {  // the other image has been read, and what lay here before is stored
+      ptx::bulk_wait_group_read<0>();
+      ptx::bulk_wait_group<1>();
+    }
     barrier();
     if (thread == 0) {
       T* out = static_cast<T*>(kReverse ? args.d_states : args.states);
@@ -209,6 +224,7 @@ struct Consumer {
   }
 
   MAMBA2_DEVICE void run() {
+    if (active) spread_D();
     if (active) begin();
     Scalars next;
     if (active && sweep.chunks > 0) next = Scalars(args, sweep.number(0), tensor_head, thread);
@@ -239,21 +255,11 @@ struct Consumer {
       }
     }
     if (active) end();
-    if (active && thread == 0) ptx::bulk_wait_group<0>();
+    if (thread > 0) return;
+    ptx::bulk_wait_group<0>();
+    ptx::mbarrier_arrive(&s.all_stored);
   }
 };
-
-// D as (h, 64) fp32, for the next kernel.
-MAMBA2_DEVICE void spread_D(const BackwardArgs& args, const Sweep& sweep) {
-  for (int i = threadIdx.x; i < sweep.heads * kHeadDim; i += blockDim.x) {
-    const int head = sweep.first_head + i / kHeadDim, channel = i % kHeadDim;
-    const int tensor_head = args.tensor_head(head);
-    const int at =
-        args.D_per_channel ? tensor_head * args.p + args.channel(head) + channel : tensor_head;
-    const bool exists = args.D.ptr && channel < args.channels(head);
-    args.D_rows[sweep.first_head * kHeadDim + i] = exists ? load<float>(args.D, at) : 0.f;
-  }
-}
 
 template <class T, int kN, int kHeads>
 __global__ void MAMBA2_LAUNCH_BOUNDS(threads_of(kHeads), 1)
@@ -263,14 +269,16 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(threads_of(kHeads), 1)
   constexpr int kConsumerThreads = consumer_threads(kHeads);
   if (threadIdx.x == 0) {
     s.ring.init(1, kConsumerThreads / 32);
+    ptx::mbarrier_init(&s.all_stored, kHeads);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  ptx::griddepcontrol_launch_dependents();
+  if (!args.progress) ptx::griddepcontrol_launch_dependents();
   const Sweep sweep(args, kHeads, reverse_only || blockIdx.y == 1);
   // All that a producer loads is there before, unless dy is what a gate has left.
   if (threadIdx.x < kConsumerThreads || reverse_only) ptx::griddepcontrol_wait();
-  if (sweep.i_seq == 0 && blockIdx.y == 0) spread_D(args, sweep);
+  // Counts must be zero before whoever looks at them begins.
+  if (args.progress && threadIdx.x < kConsumerThreads) ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x < kConsumerThreads && sweep.reverse)
     Consumer<T, kN, kHeads, true>(args, s, sweep).run();
   else if (threadIdx.x < kConsumerThreads)
@@ -299,14 +307,24 @@ double cost_of(const BackwardArgs& args, int directions, int heads, double alone
   return double(blocks / args.sm_count) * heads + (last > 0 ? std::max(last, alone_cost) : 0.);
 }
 
+int heads_of_block(const BackwardArgs& args, int directions) {
+  // Alone: as measured at n = 128, with 80 and 54 blocks.
+  return cost_of(args, directions, 3, 2.1) < cost_of(args, directions, 2, 1.75) ? 3 : 2;
+}
+
 }  // namespace sweeps
+
+bool sweeps_leave_room(const BackwardArgs& args, Sweeps which) {
+  using namespace sweeps;
+  if (which != Sweeps::both || args.chunks < kLongSequence * args.rows) return false;
+  const int64_t sets = args.g * ceil_div(args.heads_per_group(), heads_of_block(args, 2));
+  return sets * args.rows * 2 * 4 <= int64_t(args.sm_count) * 3;
+}
 
 int state_sweeps(const BackwardArgs& args, Sweeps which, DType dtype, void* stream) {
   const Range range("state_sweeps");
   using namespace sweeps;
-  // Alone: as measured at n = 128, with 80 and 54 blocks.
-  const int directions = which == Sweeps::both ? 2 : 1;
-  const bool by_threes = cost_of(args, directions, 3, 2.1) < cost_of(args, directions, 2, 1.75);
+  const bool by_threes = heads_of_block(args, which == Sweeps::both ? 2 : 1) == 3;
   return dispatch_backward(dtype, args.n, [&](auto element, auto n) {
     using T = decltype(element);
     return by_threes ? launch_sweeps<T, n(), 3>(args, which, stream)

@@ -10,6 +10,10 @@ constexpr int consumer_threads(int heads) { return heads * tile::kWarpgroup; }
 constexpr int threads_of(int heads) { return consumer_threads(heads) + 32; }
 enum Barriers { kTailBarrier = 1, kHeadBarriers };
 
+// Chunks from one count of progress to the next.
+constexpr int kPublishedChunks = 8;
+// Chunks of a sequence from which on it pays to count them.
+constexpr int kLongSequence = 4 * kPublishedChunks;
 constexpr int kTokensAStep = 16, kSteps = kBlock / kTokensAStep;  // of a product
 // In two words are the tokens next to the chunk's other end, and of the others those of which the
 // state keeps more than this until there; but no more than kMostSeconds steps of a block.
@@ -36,6 +40,7 @@ struct alignas(1024) SweepSmem {
   BlockPlan plan[2][kHeads][2];                   // likewise, of its blocks
   float through[kHeads][4];                       // by warp
   tile::Ring<kStages> ring;
+  ptx::Mbarrier all_stored;
 };
 
 // What one block sweeps over.
@@ -74,6 +79,11 @@ MAMBA2_DEVICE int block_of(const Chunk& chunk, const Sweep& sweep, int step) {
   return sweep.reverse ? blocks_of(chunk) - 1 - step : step;
 }
 
+MAMBA2_DEVICE void publish(const BackwardArgs& args, const Sweep& sweep, int chunks) {
+  int* progress = args.progress_of(sweep.reverse, sweep.i_seq, sweep.first_head);
+  tile::publish(progress, chunks, sweep.heads);
+}
+
 template <class T, int kN, int kHeads>
 MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN, kHeads>& s,
                            const Sweep& sweep) {
@@ -97,7 +107,14 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, SweepSmem<T, kN, kHeads>& s
                          args.tensor_head(sweep.first_head + i), token, chunk.row, full);
       at.advance();
     }
+    // The consumers have given back tokens of the chunk before the last one: all states but the one
+    // before that one's are stored. It is said here, where nobody waits for it.
+    const int stored = k - 3;
+    if (args.progress && stored > 0 && stored % kPublishedChunks == 0) publish(args, sweep, stored);
   }
+  if (!args.progress) return;
+  ptx::mbarrier_wait(&s.all_stored, 0);
+  publish(args, sweep, sweep.chunks);
 }
 
 // A token of the chunk, the ends of its block and of the one before, and the end of the chunk.

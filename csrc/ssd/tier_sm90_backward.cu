@@ -57,6 +57,7 @@ int unpaired_chunks(const Shape& shape, int slices, int sms) {
 struct Memory {
   void *chunk_table, *delta_backward, *d_y;
   float *delta, *a_cumsum_log2, *a_run_log2, *dD;
+  int64_t counts;  // of progress, of all passes
   Memory(const Problem& problem, BackwardArgs* args, Workspace& memory) {
     const Shape& shape = problem.shape;
     const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
@@ -77,6 +78,8 @@ struct Memory {
     args->through = memory.take_array<float>(passes * heads);
     if (passes > 1) args->dx_sum = memory.take_array<float>(heads * kBackwardQ * kHeadDim);
     args->D_rows = memory.take_array<float>(int64_t(shape.h) * splits_of(shape) * kHeadDim);
+    counts = 2 * passes * shape.nseq * shape.h * splits_of(shape);
+    args->progress = memory.take_array<int>(counts);
     args->dD_blocks = memory.take_array<float>(heads * 2 * args->dD_parts());
     dD = memory.take_array<float>(heads * dD_width);
     args->dB_slices = memory.take_array<float>(args->single_slice() ? 0 : groups * kBackwardQ);
@@ -161,6 +164,7 @@ int set_pass(const BackwardParams& params, int pass, bool states_of_all, Backwar
   for (float** array : {&args->rows_out, &args->later_rows, &args->columns, &args->to_state})
     *array += tokens;
   args->through += pass * heads;
+  if (args->progress) args->progress += pass * 2 * int64_t(args->rows) * args->h;
   if (states_of_all) args->states = from_column(args->states, first, heads * kHeadDim * size);
   args->initial_states.ptr =
       from_column(args->initial_states.ptr, first, size_of(args->initial_states.dtype));
@@ -241,19 +245,21 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   if (const int error = make_chunking(in, kBackwardQ, memory.chunk_table, &args.chunking, stream)) {
     return error;
   }
+  const Sweeps sweeps = sizes.has_z || sizes.save_states ? Sweeps::gradients : Sweeps::both;
+  ZeroCounts progress{args.progress, memory.counts};
+  if (!sweeps_leave_room(args, sweeps)) args.progress = nullptr, progress = {};
   const int count = passes_of(shape);
   BackwardArgs passes[kMostPasses] = {args, args};
   for (int i = 0; i < count; ++i) {
     if (const int error = set_pass(params, i, sizes.has_z, passes + i)) return error;
   }
   if (const int error = chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream,
-                                     nullptr, memory.a_run_log2)) {
+                                     nullptr, memory.a_run_log2, progress)) {
     return error;
   }
   if (sizes.has_z) {
     if (const int error = pass_gate(params, memory, passes, d_y, device, stream)) return error;
   }
-  const Sweeps sweeps = sizes.has_z || sizes.save_states ? Sweeps::gradients : Sweeps::both;
   for (int i = 0; i < count; ++i) {
     if (const int error = run_pass(passes[i], sweeps, in.dtype, stream)) return error;
   }

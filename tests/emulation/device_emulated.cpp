@@ -26,12 +26,14 @@ void OnDevice::check_launch(const char* op, int error) const {
 
 // How the next launches run; tests call it through ctypes.
 extern "C" __attribute__((visibility("default"))) void mamba2_emulation_schedule(
-    uint64_t seed, int timing, int resident_blocks, int sm_count, int max_smem_bytes) {
+    uint64_t seed, int timing, int resident_blocks, int sm_count, int max_smem_bytes,
+    int most_released) {
   auto& o = mamba2::emulation::options();
   o.seed = seed;
   o.launches = 0;
   o.timing = static_cast<mamba2::emulation::Timing>(timing);
   o.resident_blocks = resident_blocks;
+  o.most_released = most_released;
   mamba2::emulated_card().sm_count = sm_count;
   mamba2::emulated_card().max_smem_bytes = max_smem_bytes;
 }

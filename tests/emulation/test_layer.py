@@ -66,6 +66,16 @@ class Tickets(ctypes.Structure):
     _fields_ += [(f, ctypes.c_void_p) for f in ("x", "y", "carry", "words")]
 
 
+class Progress(ctypes.Structure):
+    _fields_ = [("tiles", ctypes.c_int)]
+    _fields_ += [(f, ctypes.c_void_p) for f in ("x", "tile", "y", "count")]
+
+
+class Prepared(ctypes.Structure):
+    _fields_ = [(f, ctypes.c_int) for f in ("length", "h", "zero_count")]
+    _fields_ += [(f, ctypes.c_void_p) for f in ("dt", "A", "delta", "a_cumsum_log2", "zeros")]
+
+
 class Operands(ctypes.Structure):
     _fields_ = [("variant", ctypes.c_int)] + [(f, ctypes.c_void_p) for f in "abd"]
 
@@ -114,6 +124,15 @@ def cumulative_sum(layer, fault, schedule, segments=12, length=50):
     return error, message, relative_error(y, x.double().cumsum(0))
 
 
+def doubled(layer, fault, schedule, tiles=20):
+    x = torch.arange(tiles * 32).float() + 1
+    tile, y = (torch.full_like(x, float("nan")) for _ in range(2))
+    count = torch.zeros(1, dtype=torch.int32)
+    params = Progress(tiles, *(t.data_ptr() for t in (x, tile, y, count)))
+    error, message = launch(layer, "progress", params, fault, schedule)
+    return error, message, relative_error(y, 2 * x.double())
+
+
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit of the stored result
 
 
@@ -140,6 +159,25 @@ def test_blocks_that_wait_for_each_other_make_progress(layer, schedule):
     assert distance == 0
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_block_works_beside_the_one_before_it(layer, schedule):
+    error, message, distance = doubled(layer, "none", schedule)
+    assert error == 0, message
+    assert distance == 0
+
+
+@pytest.mark.parametrize("zero_count", [1, 5000])
+def test_chunk_cumsum_leaves_zero_counts(layer, zero_count):
+    length, h = 130, 18
+    dt = torch.rand(length, h, generator=torch.Generator().manual_seed(zero_count))
+    A, (delta, a_cumsum_log2) = -torch.ones(h), torch.full((2, 2, h, 128), float("nan"))
+    counts = torch.full((zero_count + 1,), 7, dtype=torch.int32)
+    arrays = (t.data_ptr() for t in (dt, A, delta, a_cumsum_log2, counts))
+    assert layer.preparation(ctypes.byref(Prepared(length, h, zero_count, *arrays))) == 0
+    assert counts[:-1].eq(0).all() and counts[-1] == 7
+    assert torch.equal(delta[0].T, dt[:128])
+
+
 def shows(outcomes, tolerance):
     """Whether some schedule failed or gave a result that is not right (NaN is not)."""
     return any(error or not distance < tolerance for error, _, distance in outcomes)
@@ -163,6 +201,25 @@ def test_ticket_fault_shows(layer, fault):
 @pytest.mark.parametrize("fault", faults_of("operands"))
 def test_operand_fault_shows(layer, fault):
     assert shows([product(layer, 2, fault, s) for s in SCHEDULES], 2.0**-8)
+
+
+@pytest.mark.parametrize("fault", faults_of("progress"))
+def test_progress_fault_shows(layer, fault):
+    assert shows([doubled(layer, fault, s) for s in SCHEDULES], 1e-6)
+
+
+PROGRESS_MESSAGES = {
+    "count_too_low": "deadlock",
+    "no_fence_behind_count": "no fence_proxy_async_global",
+    "no_wait_for_count": "without griddepcontrol_wait or ld_acquire_gpu",
+    "no_grid_wait": "no block of a programmatic launch called griddepcontrol_wait",
+}
+
+
+@pytest.mark.parametrize("fault", PROGRESS_MESSAGES)
+def test_messages_name_the_fault_of_progress(layer, fault):
+    error, message, _ = doubled(layer, fault, (1, "late"))
+    assert error == 719 and PROGRESS_MESSAGES[fault] in message
 
 
 MESSAGES = {

@@ -36,6 +36,7 @@ CASES = {
     "weak decay": dict(decay="weak", l=300, seed=13),
     "strong decay": dict(decay="strong", l=300, seed=14),
     "sliced": dict(sliced=True, seed=15),
+    "states counted on the way": dict(l=4100, h=1, seed=38),
     "p 128": dict(p=128, n=128, h=3, initial_states="working", seed=19),
     "p 192, packed": dict(p=192, l=200, D="hp", cu_seqlens=(0, 70, 200), seed=20),
     "p 128, groups, sliced": dict(p=128, b=2, l=70, h=4, g=2, sliced=True, seed=21),
@@ -96,6 +97,24 @@ def test_states_kept_by_the_forward(emulated, name, variant):
     chunks = case.l // 128 + case.sequences if case.cu_seqlens else case.b * -(-case.l // 128)
     assert kept.numel() == chunks * case.h * blocks * 64 * case.n
     check(run, case)
+
+
+def test_states_are_waited_for(emulated):
+    """Of few heads of a long sequence chunk_scan_backward goes on when all states are counted, and
+    not when one is missing."""
+    chunks = 33
+    case = dataclasses.replace(BASE, l=128 * chunks - 100, h=1, seed=41)
+    inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
+    tensors, options = op_arguments(inputs)
+
+    def backward():
+        return emulated.ops.ssd_scan_backward(dy, d_final, *tensors, None, *options, SM90)
+
+    emulated.schedule(most_released=chunks - 1)
+    with pytest.raises(RuntimeError, match="deadlock.*(nanosleep|ld_acquire_gpu)"):
+        backward()
+    emulated.schedule(most_released=chunks)
+    assert not any(torch.isnan(t).any() for t in backward())
 
 
 # Of the yardstick's error, where tokens are weighed in two words (docs/numerics.md).

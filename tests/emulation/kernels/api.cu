@@ -17,6 +17,12 @@ EXPORT int tickets(const mamba2::self_test::Tickets* p, int fault) {
 EXPORT int operands(const mamba2::self_test::Operands* o, int fault) {
   return mamba2::self_test::operands(*o, static_cast<Fault>(fault));
 }
+EXPORT int progress(const mamba2::self_test::Progress* p, int fault) {
+  return mamba2::self_test::progress(*p, static_cast<Fault>(fault));
+}
+EXPORT int preparation(const mamba2::self_test::Prepared* p) {
+  return mamba2::self_test::preparation(*p);
+}
 EXPORT const char* last_error() { return mamba2::emulation::last_error().c_str(); }
 EXPORT void schedule(uint64_t seed, int timing, int resident_blocks) {
   auto& o = mamba2::emulation::options();

@@ -43,6 +43,12 @@ enum class Fault : int {
   no_transpose_bit,
   past_shared_memory,
   missing_lane,
+  // progress
+  count_too_low,
+  count_before_store,
+  no_wait_for_count,
+  no_fence_behind_count,
+  no_grid_wait,
 };
 
 // C (m, n) = A (m, k) B^T, B (n, k).
@@ -63,6 +69,24 @@ struct Tickets {
   int* words;    // (1 + segments) zeros: the ticket counter and the flags
 };
 int tickets(const Tickets&, Fault);
+
+// y = 2 x (tiles, 32), through tiles that one block makes and another uses.
+struct Progress {
+  int tiles;
+  const float* x;
+  float *tile, *y;
+  int* count;  // 0: of tiles made
+};
+int progress(const Progress&, Fault);
+
+// chunk_cumsum of one row, and counts that it makes zero.
+struct Prepared {
+  int length, h, zero_count;
+  const float *dt, *A;  // (length, h), (h)
+  float *delta, *a_cumsum_log2;
+  int* zeros;
+};
+int preparation(const Prepared&);
 
 // D (64, n) = A B with K = 64, A and B as `variant` of operands.cu wants them.
 struct Operands {
