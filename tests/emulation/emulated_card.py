@@ -13,8 +13,8 @@ class Emulated:
     ops       torch.ops.mamba2_cuda_emulated: takes CPU tensors
     schedule  how the next launches run: random draws start from `seed`; asynchronous work happens
               early, late or at random; `blocks` of a grid run at the same time; `sms` and
-              `max_smem_bytes`, of a block, are what the card says of itself; what flags are raised to
-              beyond `most_released` is held back
+              `max_smem_bytes`, of a block, are what the card says of itself; flags are raised no
+              further than `most_released`
     """
 
     def __init__(self, library):
