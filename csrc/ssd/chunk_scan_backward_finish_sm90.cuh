@@ -88,7 +88,16 @@ struct FinishingSide {
     if (lane == 0) K[warp] = sum;
   }
 
+  // By the copy engine, unless rows of the tile are a neighbour's.
   MAMBA2_DEVICE void store_dx(const HeadPlace& place, const T* dx) {
+    if (task.ragged(args)) return store_dx_rows(place, dx);
+    if (warp < kFinishWarps - 1 || !ptx::elect_sync()) return;
+    ptx::tma_store_4d(&args.dx_tiles, place.channel, place.head,
+                      task.chunk.token + task.block * kBlock, task.chunk.row, dx);
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group_read<0>();
+  }
+  MAMBA2_DEVICE void store_dx_rows(const HeadPlace& place, const T* dx) {
     const int thread = thread_anew();
     const int column = thread % kRowUnits * kUnit, first = thread / kRowUnits, rows = task.own();
     const int64_t token = task.chunk.token + task.block * kBlock + first;

@@ -166,6 +166,7 @@ struct TokenSide : TokenGroup<T, kN> {
       }
       tile::store_fragment(s.dx[i % Shape::kDxTiles], r, kSteps * part() + step, me);
     }
+    ptx::fence_proxy_async_shared();
   }
   // The i-th head, shared, whose tokens are `at` that place; its U of the own block is at hand.
   // Leaves that of the next head.

@@ -37,6 +37,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct BackwardArgs {
   ptx::TensorMap x, dy, B, C;   // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
+  ptx::TensorMap dx_tiles;      // dx, likewise
   Chunking chunking;            // q = 128
   int chunks;                   // bound of the chunk index
   int rows;                     // sequences

@@ -115,6 +115,8 @@ int map_of(ptx::TensorMap* map, const Inputs& in, const Strided& tensor, int hea
 int make_maps(const Inputs& in, const Strided& dy, BackwardArgs* args) {
   const Shape& shape = in.shape;
   if (const int error = map_of(&args->x, in, in.x, shape.h, shape.p)) return error;
+  const Strided dx{args->dx.ptr, args->dx.b, args->dx.l, args->dx.h};
+  if (const int error = map_of(&args->dx_tiles, in, dx, shape.h, shape.p)) return error;
   return map_of(&args->dy, in, dy, shape.h, shape.p);
 }
 
