@@ -147,7 +147,7 @@ struct ScanTask {
       i_chunk = i < 0 ? blockIdx.x / 2 : paired + i - block * unpaired;
       slice = blockIdx.z;
     }
-    if (args.progress) i_chunk = from_middle(args.chunking, i_chunk);
+    if (args.from_middle) i_chunk = from_middle(args.chunking, i_chunk);
     chunk = args.chunking.at(i_chunk);
     const int skipped = slice * args.heads_per_slice;
     first_head = group * args.heads_per_group() + skipped;

@@ -63,6 +63,7 @@ struct BackwardArgs {
   void* d_states;               // (chunks, h, 64 n)  T, images: G
   int* progress;                // (2, nseq, h)  chunks whose S, G state_sweeps has stored, where
                                 // chunk_scan_backward runs beside it
+  bool from_middle;             // it takes a sequence's chunks so
   float* dx_sum;                // (chunks, 2, h, 64, 64): dx without delta and D, with two passes
   bool last_pass;
   float* D_rows;      // (h, 64)          D, spread over channels; 0 without D
@@ -111,8 +112,10 @@ struct BackwardArgs {
 // Each queues one kernel and returns a cudaError_t as int.
 enum class Sweeps { both, states, gradients };
 int state_sweeps(const BackwardArgs& args, Sweeps which, DType dtype, void* stream);
-// Whether what state_sweeps leaves of the card is worth that chunk_scan_backward begins beside it.
-bool sweeps_leave_room(const BackwardArgs& args, Sweeps which);
+// Whether chunk_scan_backward begins beside state_sweeps, in the order of chunks or from the middle
+// of each sequence on.
+enum class Beside { none, in_order, from_middle };
+Beside beside_sweeps(const BackwardArgs& args, Sweeps which);
 int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream);
 int group_sum(const BackwardArgs& args, DType dtype, void* stream);
 

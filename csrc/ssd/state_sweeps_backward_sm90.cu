@@ -314,11 +314,14 @@ int heads_of_block(const BackwardArgs& args, int directions) {
 
 }  // namespace sweeps
 
-bool sweeps_leave_room(const BackwardArgs& args, Sweeps which) {
+Beside beside_sweeps(const BackwardArgs& args, Sweeps which) {
   using namespace sweeps;
-  if (which != Sweeps::both || args.chunks < kLongSequence * args.rows) return false;
   const int64_t sets = args.g * ceil_div(args.heads_per_group(), heads_of_block(args, 2));
-  return sets * args.rows * 2 * 4 <= int64_t(args.sm_count) * 3;
+  const int64_t blocks = 2 * sets * args.rows;
+  // More than one wave: the HBM has no room. One direction alone: no chunk is ready early.
+  if (which != Sweeps::both || blocks > args.sm_count) return Beside::none;
+  const bool room = 4 * blocks <= 3 * int64_t(args.sm_count);
+  return room && args.chunks >= kLongSequence * args.rows ? Beside::from_middle : Beside::in_order;
 }
 
 int state_sweeps(const BackwardArgs& args, Sweeps which, DType dtype, void* stream) {

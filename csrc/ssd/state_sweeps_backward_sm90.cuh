@@ -12,7 +12,7 @@ enum Barriers { kTailBarrier = 1, kHeadBarriers };
 
 // Chunks from one count of progress to the next.
 constexpr int kPublishedChunks = 8;
-// Chunks of a sequence from which on it pays to count them.
+// Chunks of a sequence whose middle is ready long before its ends.
 constexpr int kLongSequence = 4 * kPublishedChunks;
 constexpr int kTokensAStep = 16, kSteps = kBlock / kTokensAStep;  // of a product
 // In two words are the tokens next to the chunk's other end, and of the others those of which the

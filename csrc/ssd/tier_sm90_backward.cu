@@ -249,7 +249,9 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   }
   const Sweeps sweeps = sizes.has_z || sizes.save_states ? Sweeps::gradients : Sweeps::both;
   ZeroCounts progress{args.progress, memory.counts};
-  if (!sweeps_leave_room(args, sweeps)) args.progress = nullptr, progress = {};
+  const Beside beside = beside_sweeps(args, sweeps);
+  args.from_middle = beside == Beside::from_middle;
+  if (beside == Beside::none) args.progress = nullptr, progress = {};
   const int count = passes_of(shape);
   BackwardArgs passes[kMostPasses] = {args, args};
   for (int i = 0; i < count; ++i) {
