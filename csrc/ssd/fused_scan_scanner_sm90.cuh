@@ -18,13 +18,15 @@ struct Scanner : StateEnds<kN, kPadded> {
   static constexpr int kTokens = kQ / kParts;
   using Output = float[kTokens / 2];             // (64 p, tokens of one scanner)
   using OwnTokens = uint32_t[kTokens / 4];       // of x, y or z: A fragments (p, own tokens)
+  using OwnDecays = float4[kTokens / 16];        // 2^a_i
   using Tokens = uint32_t[kParts][kTokens / 4];  // of x, the own ones first
   struct Rounded {                               // What is left of a chunk when the next begins:
     OwnTokens y;                                 // y,
   };
   struct Unfinished {
-    Output y;     // or, until the other scanner's part is added,
-    OwnTokens z;  // also what gates it.
+    Output y;          // or, until the other scanner's part is added,
+    OwnDecays decays;  // also its weights
+    OwnTokens z;       // and what gates it.
   };
   using Before = std::conditional_t<kParts == 1, Rounded, Unfinished>;
 
@@ -60,26 +62,23 @@ struct Scanner : StateEnds<kN, kPadded> {
       }
     }
   }
-  // f(value, 2^a_i, index) for all of one scanner's tokens.
-  template <class F>
-  MAMBA2_DEVICE void for_decays(Output& Y, const TokenValues& row_decay, int i_part, F f) const {
+  MAMBA2_DEVICE void load_decays(OwnDecays& decays, const TokenValues& row_decay) const {
     MAMBA2_UNROLL
-    for (int step = 0; step < kTokens / 16; ++step) {
-      const float4 w = row_decay.of_lane(me.lane, first_token(i_part) / 16 + step);
-      MAMBA2_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int k = 2 * (4 * step + i);
-        Y[k] = f(Y[k], i < 2 ? w.x : w.z, k), Y[k + 1] = f(Y[k + 1], i < 2 ? w.y : w.w, k + 1);
-      }
-    }
+    for (int step = 0; step < kTokens / 16; ++step)
+      decays[step] = row_decay.of_lane(me.lane, first_token(0) / 16 + step);
+  }
+  // That of element k of an Output.
+  static MAMBA2_DEVICE float decay_of(const OwnDecays& decays, int k) {
+    const float4& w = decays[k / 8];
+    return k % 8 < 4 ? (k % 2 ? w.y : w.x) : (k % 2 ? w.w : w.z);
   }
   // Y = 2^a_i Y + D x
-  MAMBA2_DEVICE void decay_and_skip(Output& Y, const OwnTokens& x,
-                                    const TokenValues& row_decay) const {
-    for_decays(Y, row_decay, 0, [&](float y, float decay, int k) {
+  MAMBA2_DEVICE void decay_and_skip(Output& Y, const OwnTokens& x, const OwnDecays& decays) const {
+    MAMBA2_UNROLL
+    for (int k = 0; k < kTokens / 2; ++k) {
       const float2 v = unpack2<T>(x[k / 2]);
-      return fmaf(D[k / 2 % 2], k % 2 ? v.y : v.x, y * decay);
-    });
+      Y[k] = fmaf(D[k / 2 % 2], k % 2 ? v.y : v.x, Y[k] * decay_of(decays, k));
+    }
   }
   MAMBA2_DEVICE void gate(Output& Y, const OwnTokens& z) const {
     MAMBA2_UNROLL
@@ -99,14 +98,17 @@ struct Scanner : StateEnds<kN, kPadded> {
           make_float4(Y[e], Y[e + 1], Y[e + 2], Y[e + 3]);
     s.exchange.ring[part].fill(exchanged);
   }
-  MAMBA2_DEVICE void add_sent(Output& Y) {
+  MAMBA2_DEVICE void add_sent(Output& Y, const OwnDecays& decays) {
     const int other = 1 - part;
     s.exchange.ring[other].wait_full(exchanged);
     const float* from = s.exchange.partial[other] + thread * 4;
     MAMBA2_UNROLL
     for (int e = 0; e < kTokens / 2; e += 4) {
       const float4 v = *reinterpret_cast<const float4*>(from + e * tile::kWarpgroup);
-      Y[e] += v.x, Y[e + 1] += v.y, Y[e + 2] += v.z, Y[e + 3] += v.w;
+      Y[e] = fmaf(decay_of(decays, e), v.x, Y[e]);
+      Y[e + 1] = fmaf(decay_of(decays, e + 1), v.y, Y[e + 1]);
+      Y[e + 2] = fmaf(decay_of(decays, e + 2), v.z, Y[e + 2]);
+      Y[e + 3] = fmaf(decay_of(decays, e + 3), v.w, Y[e + 3]);
     }
     s.exchange.ring[other].release(exchanged);
     exchanged.advance();
@@ -155,7 +157,7 @@ struct Scanner : StateEnds<kN, kPadded> {
   // The state after the chunk, and y of the own tokens in Y[0]; Y = S C^T is on its way.
   MAMBA2_DEVICE void add_chunk(State& S, Output (&Y)[kParts], const Tokens& x,
                                const Stage<T, kN, kGate>& stage,
-                               const tile::RingPosition<kBuffers>& from) {
+                               const tile::RingPosition<kBuffers>& from, OwnDecays& decays) {
     const auto& weights = s.weights[from.stage];
     const float chunk_decay = weights.row_decay[half].last();
     Tokens x_weighted;
@@ -168,11 +170,9 @@ struct Scanner : StateEnds<kN, kPadded> {
     for (int i = 0; i < kParts; ++i) ptx::wgmma_fence_operand(Y[i]);
     if constexpr (kParts == 1) weigh_inputs<false>(x_weighted, x, weights.input_weight[half]);
     add_inputs(S, x_weighted, stage);
-    if constexpr (kParts > 1) {
-      for_decays(Y[1], weights.row_decay[half], 1, [](float y, float w, int) { return y * w; });
-      send(Y[1]);
-    }
-    decay_and_skip(Y[0], x[0], weights.row_decay[half]);
+    if constexpr (kParts > 1) send(Y[1]);
+    load_decays(decays, weights.row_decay[half]);
+    decay_and_skip(Y[0], x[0], decays);
     if constexpr (kParts > 1) s.weights_ring.wait_full(from);  // the scorer's part comes last
     add_within(Y[0], x, weights.scores[half]);
     ptx::wgmma_wait_group<0>();
@@ -180,7 +180,8 @@ struct Scanner : StateEnds<kN, kPadded> {
     ptx::wgmma_fence_operand(Y[0]);
   }
   // What is left to do for y.
-  MAMBA2_DEVICE void keep(Before& before, Output& Y, const Stage<T, kN, kGate>& stage) const {
+  MAMBA2_DEVICE void keep(Before& before, Output& Y, const OwnDecays& decays,
+                          const Stage<T, kN, kGate>& stage) const {
     OwnTokens z;
     if constexpr (kGate)
       tile::load_transposed<kTokens / 16>(z, stage.z[half] + first_token(0) * kP, me);
@@ -191,6 +192,8 @@ struct Scanner : StateEnds<kN, kPadded> {
       MAMBA2_UNROLL
       for (int e = 0; e < kTokens / 2; ++e) before.y[e] = Y[e];
       MAMBA2_UNROLL
+      for (int i = 0; i < kTokens / 16; ++i) before.decays[i] = decays[i];
+      MAMBA2_UNROLL
       for (int k = 0; kGate && k < kTokens / 4; ++k) before.z[k] = z[k];
     }
   }
@@ -198,7 +201,7 @@ struct Scanner : StateEnds<kN, kPadded> {
   MAMBA2_DEVICE void hand_over(Before& before, tile::RingPosition<kBuffers>& to) {
     OwnTokens rounded;
     if constexpr (kParts > 1) {
-      add_sent(before.y);
+      add_sent(before.y, before.decays);
       if constexpr (kGate) gate(before.y, before.z);
       tile::round_to_fragments<T>(rounded, before.y);
     }
@@ -284,14 +287,15 @@ struct Scanner : StateEnds<kN, kPadded> {
       }
       Output Y[kParts];
       Tokens x;
+      OwnDecays decays;
       read_state(Y, S, stage.C, kept_at);
       if (y_waits) hand_over(before, to);
       if (kParts == 1 || args.chunking.table)
         s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
       load_tokens(x, stage.x[half]);
       if (kParts > 1) s.decays_ring.wait_full(from);
-      add_chunk(S, Y, x, stage, from);
-      keep(before, Y[0], stage);
+      add_chunk(S, Y, x, stage, from, decays);
+      keep(before, Y[0], decays, stage);
       s.weights_ring.release(from);
       const int flags = tile::uniform(info.flags);
       enters = (flags & (kEndsTask | kEndsSequence)) != 0;
