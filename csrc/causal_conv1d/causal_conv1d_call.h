@@ -11,6 +11,7 @@ struct Arguments {
   Tensor x, weight;
   OptionalTensor bias, initial_states, cu_seqlens;
   bool silu = false;
+  OptionalTensor y;  // of x's shape, contiguous: where the forward writes, if not to a new tensor
 };
 
 struct ForwardCall {

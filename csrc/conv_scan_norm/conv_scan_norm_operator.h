@@ -121,6 +121,35 @@ Tensor decay_rates(const Tensor& A_log, const Tensor& zxBCdt, int64_t h) {
   return A;
 }
 
+// Where a forward's results go, if not to new tensors: the convolution's output, y and out.
+struct Destinations {
+  OptionalTensor xBC, by_head, out;
+};
+
+template <class Device>
+Result run_forward(const Arguments& a, const Tensor& A_log, OptionalTensor conv_state,
+                   OptionalTensor ssm_state, int64_t plan, const Destinations& into) {
+  a.check("conv_scan_norm");
+  auto of_conv = a.of_conv(conv_state);
+  of_conv.y = into.xBC;
+  const auto [xBC, conv_after] = Device::conv(of_conv, conv_state.has_value());
+  const Tensor A = decay_rates<Device>(A_log, a.zxBCdt, a.layout.h);
+  auto of_scan = a.of_scan(xBC, A, ssm_state);
+  of_scan.y = into.by_head;
+  const auto [by_head, ssm_after, kept] =
+      Device::scan(of_scan, ssm_state.has_value(), static_cast<int>(plan));
+  if (conv_state) torch::stable::copy_(*conv_state, conv_after);
+  if (ssm_state) torch::stable::copy_(*ssm_state, ssm_after);
+
+  const int64_t d = a.layout.d_inner();
+  const auto sizes = by_head.sizes();
+  const Tensor y = view(by_head, {sizes[0], sizes[1], d}, {sizes[1] * d, d, 1}, 0);
+  if (!a.norm_weight) return {y, xBC, absent(dtype_of(y), y), A};
+  auto of_norm = a.of_norm(y);
+  of_norm.y = into.out;
+  return {Device::norm(of_norm), xBC, y, A};
+}
+
 template <class Device>
 Result forward(Tensor zxBCdt, Tensor conv_weight, OptionalTensor conv_bias, Tensor A_log, Tensor D,
                Tensor dt_bias, OptionalTensor norm_weight, OptionalTensor cu_seqlens,
@@ -130,19 +159,7 @@ Result forward(Tensor zxBCdt, Tensor conv_weight, OptionalTensor conv_bias, Tens
   const Arguments a{zxBCdt,      conv_weight, conv_bias,       D,      dt_bias,
                     norm_weight, cu_seqlens,  {h, p, g, n},    dt_min, dt_max,
                     eps,         group_size,  norm_before_gate};
-  a.check("conv_scan_norm");
-  const auto [xBC, conv_after] = Device::conv(a.of_conv(conv_state), conv_state.has_value());
-  const Tensor A = decay_rates<Device>(A_log, zxBCdt, h);
-  const auto [by_head, ssm_after, kept] =
-      Device::scan(a.of_scan(xBC, A, ssm_state), ssm_state.has_value(), static_cast<int>(plan));
-  if (conv_state) torch::stable::copy_(*conv_state, conv_after);
-  if (ssm_state) torch::stable::copy_(*ssm_state, ssm_after);
-
-  const int64_t d = a.layout.d_inner();
-  const auto sizes = by_head.sizes();
-  const Tensor y = view(by_head, {sizes[0], sizes[1], d}, {sizes[1] * d, d, 1}, 0);
-  if (!norm_weight) return {y, xBC, absent(dtype_of(y), y), A};
-  return {Device::norm(a.of_norm(y)), xBC, y, A};
+  return run_forward<Device>(a, A_log, conv_state, ssm_state, plan, {});
 }
 
 // xBC, y and A are what the forward returned. The gradients of z, [x | B | C] and dt land in their
@@ -197,13 +214,11 @@ BackwardResult backward(Tensor d_out, Tensor zxBCdt, Tensor conv_weight, Optiona
 
 // ---- with the two projections ----
 
-// x (b, l, i) weight (o, i)^T -> (b, l, o), a product of PyTorch's. The result is made here, so
-// that running out of memory says so.
-inline Tensor project(const Tensor& x, const Tensor& weight) {
+// y (b, l, o) = x (b, l, i) weight (o, i)^T, a product of PyTorch's; y contiguous.
+inline void project(const Tensor& x, const Tensor& weight, const Tensor& y) {
   const auto sizes = x.sizes();
   const int64_t b = sizes[0], l = sizes[1], inner = sizes[2], outer = weight.size(0);
   const auto strides = weight.strides();
-  const Tensor y = allocate({b, l, outer}, x.scalar_type(), x);
   std::array<StableIValue, 3> stack = {
       torch::stable::detail::from(view(compact(x), {b * l, inner}, {inner, 1}, 0)),
       torch::stable::detail::from(view(weight, {inner, outer}, {strides[1], strides[0]}, 0)),
@@ -211,8 +226,30 @@ inline Tensor project(const Tensor& x, const Tensor& weight) {
   const auto error = torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION);
   check(error == TORCH_SUCCESS, "mixer: a projection's product failed");
   torch::stable::detail::to<Tensor>(stack[0]);  // the same result, and ours to let go
-  return y;
 }
+
+// What lies between u and the layer's output, in one allocation: zxBCdt, the convolution's output,
+// y, and what the norm makes of it in the place of the convolution's output, which nothing reads
+// any more.
+struct Between {
+  Tensor zxBCdt;
+  Destinations rest;
+
+  Between(const Tensor& u, const Layout& layout) {
+    constexpr int64_t kAlignment = 64;  // elements: at least 128 bytes
+    const int64_t b = u.size(0), l = u.size(1), d = layout.d_inner();
+    const int64_t xBC = round_up(b * l * layout.width(), kAlignment);
+    const int64_t y = xBC + round_up(b * l * layout.conv_channels(), kAlignment);
+    const Tensor memory = allocate(Sizes{y + b * l * d}, u.scalar_type(), u);
+    const auto rows = [&](int64_t first, int64_t channels) {
+      return view(memory, {b, l, channels}, {l * channels, channels, 1}, first);
+    };
+    zxBCdt = rows(0, layout.width());
+    rest.xBC = rows(xBC, layout.conv_channels());
+    rest.by_head = view(memory, {b, l, layout.h, layout.p}, {l * d, d, layout.p, 1}, y);
+    rest.out = rows(xBC, d);
+  }
+};
 
 inline void check_projections(const Tensor& u, const Tensor& in_weight, const Tensor& out_weight,
                               const Layout& layout) {
@@ -235,11 +272,17 @@ Tensor mixer(Tensor u, Tensor in_weight, Tensor conv_weight, OptionalTensor conv
              OptionalTensor cu_seqlens, OptionalTensor conv_state, OptionalTensor ssm_state,
              int64_t h, int64_t p, int64_t g, int64_t n, double dt_min, double dt_max, double eps,
              int64_t group_size, bool norm_before_gate, int64_t plan) {
-  check_projections(u, in_weight, out_weight, {h, p, g, n});
-  const Tensor y = std::get<0>(forward<Device>(  // and nothing else of it is kept
-      project(u, in_weight), conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, cu_seqlens,
-      conv_state, ssm_state, h, p, g, n, dt_min, dt_max, eps, group_size, norm_before_gate, plan));
-  return project(y, out_weight);
+  const Layout layout{h, p, g, n};
+  check_projections(u, in_weight, out_weight, layout);
+  const Between between(u, layout);
+  project(u, in_weight, between.zxBCdt);
+  const Arguments a{between.zxBCdt,  conv_weight, conv_bias, D,      dt_bias, norm_weight,
+                    cu_seqlens,      layout,      dt_min,    dt_max, eps,     group_size,
+                    norm_before_gate};
+  const Result result = run_forward<Device>(a, A_log, conv_state, ssm_state, plan, between.rest);
+  const Tensor out = allocate(sizes_of(u), u.scalar_type(), u);
+  project(std::get<0>(result), out_weight, out);
+  return out;
 }
 
 }  // namespace mamba2::conv_scan_norm

@@ -14,6 +14,7 @@ struct Arguments {
   double eps = 0;
   int64_t group_size = 0;
   bool norm_before_gate = false;
+  OptionalTensor y;  // of x's shape, contiguous: where the forward writes, if not to a new tensor
 };
 
 struct ForwardCall {

@@ -11,6 +11,7 @@ struct ScanArguments {
   OptionalTensor C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx;
   bool dt_softplus = false;
   double dt_min = 0, dt_max = 0;
+  OptionalTensor y;  // of x's shape, contiguous: where the forward writes, if not to a new tensor
 };
 
 // What the backward is given beside it. dx .. dz: destinations that the caller wants filled.
