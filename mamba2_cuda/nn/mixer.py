@@ -126,10 +126,9 @@ class Mamba2(nn.Module):
         """The parameters between the two projections, in the operators' order."""
         modules = self._modules
         conv, norm = modules["conv1d"], modules.get("norm")
-        D = parameter(self, "D")
         return (
             parameter(conv, "weight"), parameter(conv, "bias"), parameter(self, "A_log"),
-            self.layout.by_head(D) if self.D_has_hdim else D, parameter(self, "dt_bias"),
+            self.D_by_head(), parameter(self, "dt_bias"),
             None if norm is None else parameter(norm, "weight"),
         )  # fmt: skip
 
@@ -255,7 +254,8 @@ class Mamba2(nn.Module):
         return A_of(self.A_log)
 
     def D_by_head(self):
-        return self.layout.by_head(self.D) if self.D_has_hdim else self.D
+        D = parameter(self, "D")
+        return self.layout.by_head(D) if self.D_has_hdim else D
 
     def scan_options(self, z):
         return dict(
