@@ -1,10 +1,10 @@
 """CUDA graphs replayed at once, each on a stream of its own: none waits for ever, none changes.
 
 What could hang is a block that waits for another one which finds no room on the card: tasks of the
-scan's forward that follow one another, and kernels launched while the one in front still runs.
-docs/kernels.md says why they cannot. The runs are another process's, which is ended when one of
-them takes SECONDS; the next run then has a new one. A process of its own for each would take longer
-to start than all runs together take.
+scan's forward that follow one another, and kernels launched while the one in front still runs, of
+which the scan's backward waits for counts. docs/kernels.md says why they cannot. The runs are
+another process's, which is ended when one of them takes SECONDS; the next run then has a new one.
+A process of its own for each would take longer to start than all runs together take.
 
     PYTHONPATH=.:tests python tests/test_streams.py mixed tickets      runs, as the test has them
 """

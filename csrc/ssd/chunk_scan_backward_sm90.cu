@@ -13,8 +13,8 @@
 //   one, and what they give to the later tokens goes to dC_later and later_rows. Earlier blocks
 //   take longer: they begin first, so that the card ends with short ones. But of many chunks, only
 //   the last do so: the others have their blocks side by side, and one finds S and G in the L2.
-//   Where sweeps leave room on the card, a block waits for the states of its own chunk, head by
-//   head, while they still run: it begins when all of them have a place.
+//   Where all sweeps are on the card at once, a block waits for the states of its own chunk, head
+//   by head, while they still run; of long sequences it then begins in the middle (from_middle).
 // Warpgroups: the state side (products with S and G: dC, dB, E, dD); two token sides (products of
 //   tokens, transposed: rows are j), which share out columns i and channels of each head, or, at
 //   n = 64, the heads: dx, dCB, R, Q, F; a warp that loads and three that finish: K, and dx and all

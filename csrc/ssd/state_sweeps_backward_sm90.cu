@@ -13,8 +13,8 @@
 // dB and dC, and so it is multiplied in two words of 16 bits there; elsewhere only the 16 tokens
 // next to where the state is handed on are, since by the time it is, little is left of the others.
 //
-// Where sweeps leave room on the card, chunks whose states are stored are counted, for
-// chunk_scan_backward, which then works on them beside the sweeps.
+// Where all blocks are on the card at once (beside_sweeps), chunks whose states are stored are
+// counted, for chunk_scan_backward, which then works on them beside the sweeps.
 //
 // grid: (sequences x sets of 2 or 3 heads, directions: both, or one); a producer warp and a
 // consumer warpgroup a head. Shared memory: 4 or 3 stages x (64 tokens of B or C, x or dy of the

@@ -135,7 +135,8 @@ struct Scalars {
   MAMBA2_DEVICE float weight(bool reverse) const {
     return reverse ? ptx::ex2(a_log2 - a_before_log2) : ptx::ex2(a_end_log2 - a_log2) * delta;
   }
-  // The token of a block that knows its plan: the first, on the way, of the nearest step but one.
+  // The token of a block that knows its plan: of the second step from the chunk's other end, the
+  // token nearest to that end.
   MAMBA2_DEVICE static int planner(bool reverse) {
     return reverse ? kTokensAStep - 1 : kBlock - kTokensAStep - 1;
   }
