@@ -117,6 +117,24 @@ def test_states_are_waited_for(emulated):
     assert not any(torch.isnan(t).any() for t in backward())
 
 
+# A card of 16 SMs has all sweeps of these at once: chunks in order, and from the middle on.
+COUNTED = {
+    "short, packed": dict(l=300, h=3, cu_seqlens=(0, 70, 300), initial_states="working", seed=42),
+    "long, packed": dict(l=8400, h=1, cu_seqlens=(0, 4300, 8370), seed=43),
+    "n 256, two rows": dict(b=2, l=300, n=256, seed=44),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_states_counted_of_several_sequences(emulated, name):
+    case = dataclasses.replace(BASE, **COUNTED[name])
+    emulated.schedule(seed=len(name), timing="random", sms=16)
+    check(run_ops(emulated.ops, plan=SM90), case)
+    emulated.schedule(sms=16, most_released=0)
+    with pytest.raises(RuntimeError, match="deadlock"):  # so they were counted
+        run_ops(emulated.ops, plan=SM90)(make_inputs(case), *make_gradients(case))
+
+
 # Of the yardstick's error, where tokens are weighed in two words (docs/numerics.md).
 LESS = {
     "weak": {"d_initial_states": 0.8, "dA": 0.8, "dB": 0.85, "dC": 0.85},
