@@ -135,6 +135,13 @@ def test_a_strong_repetition_penalty_repeats_nothing(model):
         assert len(set(new)) == len(new) and not set(new) & set(prompt)
 
 
+def test_a_prompt_may_hold_what_only_pads_the_vocabulary(model):
+    """Rows 29 to 31 of the embedding: none is ever chosen, but all can be read."""
+    sampling = Sampling(temperature=0, repetition_penalty=1e9)
+    (said,) = generate(model, [[3, 31, 29]], 10, sampling=sampling)
+    assert len(set(said)) == 10 and max(said) < 29 and 3 not in said
+
+
 @pytest.mark.parametrize("option", [dict(temperature=-1), dict(top_p=0), dict(min_p=math.nan)])
 def test_impossible_settings_are_refused(option):
     with pytest.raises(ValueError, match=next(iter(option))):

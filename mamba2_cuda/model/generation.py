@@ -69,7 +69,7 @@ class Decoder:
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
         self.occurred = None
         if sampling.repetition_penalty != 1:
-            self.occurred = torch.zeros(batch, self.vocab_size, dtype=torch.bool, device=device)
+            self.occurred = torch.zeros(batch, self.vocabulary, dtype=torch.bool, device=device)
         self.generator = torch.Generator(device)
         self.graph = None
         if cuda_graph and device.type == "cuda":
@@ -150,7 +150,8 @@ class Decoder:
         """The token after `tokens` (b, l), into self.token, and into self.tokens at its place."""
         logits = self.model(tokens, cache=self.cache, pads=pads, last_only=True)
         logits = logits[:, 0, : self.vocab_size]
-        token = self.sampling.choose(logits, self.occurred, self.generator)
+        occurred = None if self.occurred is None else self.occurred[:, : self.vocab_size]
+        token = self.sampling.choose(logits, occurred, self.generator)
         if len(self.eos):
             token = torch.where(self.ended, self.eos[0], token)
             self.ended |= (token[:, None] == self.eos).any(1)
