@@ -60,6 +60,20 @@ def test_what_is_written_is_read(tmp_path, format, container, tied):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("container", ["safetensors", "pickle"])
+def test_a_folder_holds_the_model_written_last(tmp_path, container):
+    """Not weights of another, in a file that a reader looks for first."""
+    first, last = make_model(), make_model()
+    with torch.no_grad():
+        last.backbone.norm_f.weight += 1
+    for other in ("safetensors", "pickle"):
+        save_model(first, tmp_path, container=other)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-0"}}')
+    save_model(last, tmp_path, container=container)
+    assert torch.equal(logits(load_model(tmp_path)), logits(last))
+    assert len(list(tmp_path.iterdir())) == 2, "config.json and the weights"
+
+
 def test_hybrids_and_variants_keep_their_shape(tmp_path):
     model = make_model(
         attn_layer_idx=(1,), attn_cfg=dict(num_heads=2, rotary_emb_dim=4, d_conv=4),
@@ -71,15 +85,17 @@ def test_hybrids_and_variants_keep_their_shape(tmp_path):
         save_model(model, tmp_path, "huggingface")
 
 
-def test_names_and_shapes_of_a_published_model(tmp_path):
+PUBLISHED = {
+    "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277,
+    "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True,
+    "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}  # fmt: skip
+
+
+def test_names_and_shapes_of_a_published_model():
     """mamba2-2.7b: 579 tensors, of which the head is the embedding; 2,702,599,680 parameters."""
-    published = {
-        "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277,
-        "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True,
-        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16,
-        "tie_embeddings": True,
-    }  # fmt: skip
-    model = Mamba2LMHeadModel(ModelConfig.from_dict(published), device="meta")
+    model = Mamba2LMHeadModel(ModelConfig.from_dict(PUBLISHED), device="meta")
     weights = model.state_dict()
     assert len(weights) == 579
     assert sum(p.numel() for p in model.parameters()) == 2_702_599_680
@@ -90,6 +106,28 @@ def test_names_and_shapes_of_a_published_model(tmp_path):
         "dt_bias": (80,), "A_log": (80,), "D": (80,), "norm.weight": (5120,),
         "out_proj.weight": (2560, 5120),
     }  # fmt: skip
+
+
+def test_names_and_shapes_of_a_published_hybrid():
+    """mamba2attn-2.7b: attention at six layers, 30 heads of 128, behind a convolution."""
+    hybrid = {
+        "attn_layer_idx": [9, 18, 27, 36, 45, 56],
+        "attn_cfg": {
+            "causal": True, "d_conv": 4, "head_dim": 128, "num_heads": 30,
+            "out_proj_bias": False, "qkv_proj_bias": False, "rotary_emb_dim": 64,
+        },
+    }  # fmt: skip
+    model = Mamba2LMHeadModel(ModelConfig.from_dict(PUBLISHED | hybrid), device="meta")
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    for i in range(64):
+        mixer = {k.split("mixer.")[1]: v for k, v in shapes.items() if f"layers.{i}.mixer." in k}
+        if i in hybrid["attn_layer_idx"]:
+            assert mixer == {
+                "in_proj.weight": (11520, 2560), "conv1d.weight": (11520, 1, 4),
+                "conv1d.bias": (11520,), "out_proj.weight": (2560, 3840),
+            }  # fmt: skip
+        else:
+            assert "A_log" in mixer and mixer["in_proj.weight"] == (10576, 2560)
 
 
 @pytest.mark.parametrize("container", ["safetensors", "pickle"])

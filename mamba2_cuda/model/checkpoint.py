@@ -163,7 +163,8 @@ def compare(model, weights):
 def save_model(model, folder, format="state-spaces", container="safetensors"):
     """Writes config.json and the weights; a file is there whole or not at all.
 
-    A tied head is written once, but for state-spaces pickles, whose readers look for both names.
+    Weights of another container, which a reader might take for this model's, are removed. A tied
+    head is written once, but for state-spaces pickles, whose readers look for both names.
     """
     if format not in FORMATS or container not in CONTAINERS:
         raise ValueError(f"format: one of {FORMATS}, container: one of {tuple(CONTAINERS)}")
@@ -190,6 +191,10 @@ def save_model(model, folder, format="state-spaces", container="safetensors"):
     replace(folder / CONTAINERS[container], write_weights)
     text = json.dumps(written, indent=2) + "\n"
     replace(folder / "config.json", lambda path: path.write_text(text))
+    for name in CONTAINERS.values():
+        (folder / f"{name}.index.json").unlink(missing_ok=True)
+        if name != CONTAINERS[container]:
+            (folder / name).unlink(missing_ok=True)
 
 
 def replace(path, write):
