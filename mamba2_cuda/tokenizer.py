@@ -33,10 +33,15 @@ class HuggingFaceTokenizer:
     EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
     def __init__(self, path):
-        from tokenizers import Tokenizer
-
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as cause:
+            raise ValueError(f"{path}: tokenizers, the package that reads it, is absent") from cause
         self.name = str(path)
-        self.tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(self.name)
+        except Exception as cause:  # the reader raises nothing narrower
+            raise ValueError(f"{path}: cannot be read as a tokenizer: {cause}") from cause
         self.vocab_size = self.tokenizer.get_vocab_size()
         found = (self.tokenizer.token_to_id(name) for name in self.EOS_NAMES)
         self.eos = next((token for token in found if token is not None), None)

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from mamba2_cuda.cli import main
-from mamba2_cuda.model import load_model
+from mamba2_cuda.cli import generate, main
+from mamba2_cuda.model import Sampling, load_model
+from mamba2_cuda.training import report
 from mamba2_cuda.training.run_state import states
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -75,6 +76,20 @@ def test_generate_prints_the_continuation(trained, capsys, monkeypatch):
     assert said.startswith("the") and "\n\nbrown fox" in said
 
 
+def test_every_way_of_choosing_is_heard(trained, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(generate, "generate_tokens", lambda *_, **settings: chosen.append(settings))
+    options = "--repetition-penalty 1.5 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.25"
+    command = ["generate", trained / "run/model", "--prompt", "a", "--device", "cpu"]
+    for more, eos in (["--seed", "7"], (256,)), (["--seed", "7", "--ignore-eos"], ()):
+        assert run(*command, *options.split(), *more) == 0
+        del chosen[-1]["callback"]
+        sampling = Sampling(
+            temperature=0.5, top_k=4, top_p=0.75, min_p=0.25, repetition_penalty=1.5
+        )
+        assert chosen[-1] == dict(sampling=sampling, eos=eos, seed=7)
+
+
 def test_a_tokenizer_of_ones_own_goes_with_the_model(trained, tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     words = {word: i for i, word in enumerate("? the quick brown fox <|endoftext|>".split())}
@@ -125,6 +140,14 @@ def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
         f"generate {trained}/run/model --prompt a --max-new-tokens -1": "must be 0 or more, got -1",
         f"train --out {trained}/run --resume --steps 9": "--steps cannot be changed with --resume",
         f"train --out {trained}/run --resume --fp32": "--fp32 cannot be changed with --resume",
+        f"{begin} --seed -1": "seed must be from 0 to 2^32 - 1, got -1",
+        f"{begin} --vocab-size 300": "--vocab-size has no meaning with --data",
+        f"{begin} --token-dtype uint32": "--token-dtype has no meaning with --data",
+        f"train --out {tmp_path}/f --tokens {trained}/0.txt --vocab-size 9 --tokenizer x.json": (
+            "--tokenizer has no meaning with --tokens"
+        ),
+        f"generate {trained}/run/model --prompt a --seed {2**64}": f"2^63 - 1, got {2**64}",
+        f"generate {trained}/run/model --prompt a --temperature inf": "temperature cannot be inf",
     }.items():
         assert run(*command.split()) == 2, command
         said = capsys.readouterr().err
@@ -133,7 +156,36 @@ def test_problems_are_one_sentence_and_status_2(trained, tmp_path, capsys):
     assert run(*f"{begin} --steps 1 --length 16 --device cpu".split()) == 0
 
 
-@pytest.mark.parametrize("name", ["tape", "cuda:77"])
+def test_a_tokenizer_that_cannot_be_read(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "own.json").write_text("{")
+    begin = ["train", "--out", tmp_path / "a", "--data", trained / "0.txt", "--tokenizer"]
+    for name in ("own.json", "none.json"):
+        assert run(*begin, tmp_path / name) == 2
+        said = capsys.readouterr().err
+        assert name in said and said.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # as where it is not installed
+    assert run(*begin, tmp_path / "own.json") == 2
+    assert "own.json: tokenizers, the package that reads it, is absent" in capsys.readouterr().err
+
+
+def test_a_loss_plot_or_why_there_is_none(trained, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert (trained / "run/loss.png").stat().st_size > 0
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    options = ["--data", trained / "0.txt", "--config", trained / "config.json"]
+    assert run(*TRAIN.split(), *options, "--out", tmp_path) == 0
+    assert "no loss.png: matplotlib, which draws it, is not" in capsys.readouterr().out
+
+
+def test_one_size_is_enough(trained, tmp_path, capsys):
+    options = ["--size", "130m", "--config", trained / "config.json", "--data", trained / "0.txt"]
+    with pytest.raises(SystemExit) as stopped:
+        run("train", "--out", tmp_path, *options)
+    assert stopped.value.code == 2
+    assert "--config: not allowed with argument --size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tape", "cuda:77", "meta"])
 def test_a_device_that_is_not_there(trained, name, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("generate", trained / "run/model", "--prompt", "a", "--device", name)

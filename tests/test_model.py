@@ -16,6 +16,8 @@ OPTIONS = {
     "small heads": dict(ssm_cfg=dict(headdim=4)),  # in_proj's rows are whole vectors
     "groups": dict(ssm_cfg=dict(ngroups=2)),
     "narrow convolution": dict(ssm_cfg=dict(d_conv=2)),
+    "three taps, not expanded": dict(ssm_cfg=dict(d_conv=3, expand=1)),
+    "norm groups": dict(ssm_cfg=dict(norm_groups=4, ngroups=2)),
     "D a channel": dict(ssm_cfg=dict(D_has_hdim=True)),
     "no norm": dict(ssm_cfg=dict(rmsnorm=False)),
     "norm before gate": dict(ssm_cfg=dict(norm_before_gate=True, ngroups=2)),
@@ -188,11 +190,11 @@ def test_packed_sequences_train_as_alone():
 def test_left_padding_changes_nothing(options):
     model, tokens, pads = make_model(**options), some_tokens(3, 9), torch.tensor([0, 4, 6])
     whole = model(tokens, pads=pads)
-    stepped = in_pieces(model, tokens, [7, 1, 1], pads=pads)
+    ways = [in_pieces(model, tokens, pieces, pads=pads) for pieces in ([7, 1, 1], [6, 2, 1])]
     for row, pad in enumerate(pads.tolist()):
         alone = model(tokens[row : row + 1, pad:])[0]
-        torch.testing.assert_close(whole[row, pad:], alone)
-        torch.testing.assert_close(stepped[row, pad:], alone)
+        for logits in (whole, *ways):
+            torch.testing.assert_close(logits[row, pad:], alone)
 
 
 def test_activation_checkpointing_changes_no_bit():

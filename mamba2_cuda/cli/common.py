@@ -19,7 +19,8 @@ def device_here(name):
     """The name, where this machine has such a device."""
     try:
         device = torch.device(name)
-        here = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+        cuda = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+        here = device.type == "cpu" or cuda
     except RuntimeError:
         here = False
     if not here:

@@ -70,7 +70,7 @@ def add_options(parser):
         metavar="F",
         help="last share of the tokens, never trained on (%(default)s)",
     )
-    model = parser.add_argument_group("model, one of the two")
+    model = parser.add_argument_group("model, one of the two").add_mutually_exclusive_group()
     model.add_argument("--size", choices=SIZES, default="tiny", help="(%(default)s)")
     model.add_argument("--config", type=Path, metavar="FILE", help="a config.json")
     recipe = parser.add_argument_group("recipe")
@@ -106,6 +106,8 @@ def run(options):
     Trainer(model, recipe, *windows, options.out).run(resume=options.resume)
     if run["tokenizer"] not in (BYTES, None):
         shutil.copy(options.out / run["tokenizer"], options.out / "model/tokenizer.json")
+    if not (options.out / "loss.png").exists():
+        print("no loss.png: matplotlib, which draws it, is not installed")
     print(f"the model: {options.out / 'model'}")
 
 
@@ -115,6 +117,16 @@ def refuse_others(options):
         if name not in OF_A_RESUMED_RUN and value != options.default_of(name):
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} cannot be changed with --resume: begin another run")
+
+
+def refuse_idle(options):
+    """What goes with the other kind of data would be overlooked."""
+    given, idle = "--tokens", ("tokenizer",)
+    if options.data is not None:
+        given, idle = "--data", ("vocab_size", "token_dtype")
+    for name in idle:
+        if getattr(options, name) != options.default_of(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {given}")
 
 
 def open_run(run, out):
@@ -146,6 +158,7 @@ def prepare(options):
     if (options.data is None) == (options.tokens is None):
         raise ValueError("give --data or --tokens, one of the two")
     recipe = make_recipe(options)
+    refuse_idle(options)
     name = None
     if options.data is not None:
         tokenizer = open_tokenizer(options.tokenizer)

@@ -124,6 +124,8 @@ class Decoder:
             raise ValueError(
                 f"prompts: tokens must be in 0..{self.vocabulary - 1}, got {least}..{most}"
             )
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed: must be from 0 to 2^63 - 1, got {seed}")
         self.forget()
         if seed is None:
             self.generator.seed()

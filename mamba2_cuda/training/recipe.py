@@ -42,6 +42,8 @@ class Recipe:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.warmup > 1:
             raise ValueError(f"warmup must be a share of the steps, 0 to 1, got {self.warmup}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
         if not self.clip > 0:
             raise ValueError(f"clip must be above 0, got {self.clip}")
         if self.batch % self.accumulate:
