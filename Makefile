@@ -8,7 +8,7 @@ PY ?= .venv/bin/python
 TORCH ?= 2.13.0
 PACKAGES = setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 pybind11==3.1.0 numpy==2.4.6 \
   einops==0.8.2 safetensors==0.8.0 matplotlib==3.11.2 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 \
-  hypothesis==6.170.15
+  hypothesis==6.170.15 transformers==5.23.0 tokenizers==0.23.3
 CMAKE = 4.2.0
 STYLE = ruff==0.17.6 clang-format==23.1.5
 DISASSEMBLER = nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
