@@ -214,15 +214,7 @@ PROGRESS_MESSAGES = {
     "no_wait_for_count": "without griddepcontrol_wait or ld_acquire_gpu",
     "no_grid_wait": "no block of a programmatic launch called griddepcontrol_wait",
 }
-
-
-@pytest.mark.parametrize("fault", PROGRESS_MESSAGES)
-def test_messages_name_the_fault_of_progress(layer, fault):
-    error, message, _ = doubled(layer, fault, (1, "late"))
-    assert error == 719 and PROGRESS_MESSAGES[fault] in message
-
-
-MESSAGES = {
+GEMM_MESSAGES = {
     "producer_phase": "deadlock",
     "too_many_bytes": "16 bytes missing",
     "misaligned_descriptor": "descriptor",
@@ -238,10 +230,13 @@ MESSAGES = {
 }
 
 
-@pytest.mark.parametrize("fault", MESSAGES)
+@pytest.mark.parametrize("fault", GEMM_MESSAGES | PROGRESS_MESSAGES)
 def test_messages_name_the_fault(layer, fault):
-    error, message, _ = gemm(layer, "wgmma_gemm", fault, (1, "random"))
-    assert error == 719 and MESSAGES[fault] in message
+    if fault in GEMM_MESSAGES:
+        error, message, _ = gemm(layer, "wgmma_gemm", fault, (1, "random"))
+    else:
+        error, message, _ = doubled(layer, fault, (1, "late"))
+    assert error == 719 and (GEMM_MESSAGES | PROGRESS_MESSAGES)[fault] in message
 
 
 def test_a_failed_launch_leaves_nothing_behind(layer):
