@@ -111,22 +111,25 @@ def run(options):
     print(f"the model: {options.out / 'model'}")
 
 
+def refuse(options, names, why):
+    """Options that would be overlooked: what is not as it would be if not given."""
+    for name in names:
+        if getattr(options, name) != options.default_of(name):
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
 def refuse_others(options):
-    """--resume goes on with what the run began with: another option would be overlooked."""
-    for name, value in vars(options).items():
-        if name not in OF_A_RESUMED_RUN and value != options.default_of(name):
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} cannot be changed with --resume: begin another run")
+    """--resume goes on with what the run began with."""
+    others = [name for name in vars(options) if name not in OF_A_RESUMED_RUN]
+    refuse(options, others, "cannot be changed with --resume: begin another run")
 
 
 def refuse_idle(options):
-    """What goes with the other kind of data would be overlooked."""
-    given, idle = "--tokens", ("tokenizer",)
+    """What goes with the other kind of data."""
     if options.data is not None:
-        given, idle = "--data", ("vocab_size", "token_dtype")
-    for name in idle:
-        if getattr(options, name) != options.default_of(name):
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {given}")
+        refuse(options, ("vocab_size", "token_dtype"), "has no meaning with --data")
+    else:
+        refuse(options, ("tokenizer",), "has no meaning with --tokens")
 
 
 def open_run(run, out):
