@@ -82,7 +82,7 @@ ForwardCall prepare_forward(const Arguments& a, bool return_final_states) {
   const Shape shape = check_arguments(kForward, a);
   ForwardCall call;
   call.params.in = make_inputs(a, shape, call.kept);
-  call.y = a.y ? *a.y : allocate(sizes_of(a.x), a.x.scalar_type(), a.x);
+  call.y = given_or_new(a.y, a.x);
   call.params.y = rows_out(call.y);
   if (return_final_states) {
     call.final_states = allocate(sizes_of_states(shape), a.x.scalar_type(), a.x);

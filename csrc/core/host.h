@@ -103,6 +103,11 @@ inline Sizes sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return Sizes(sizes.begin(), sizes.end());
 }
+// Where a result goes: the tensor that the caller gave for it, or new memory of the same shape and
+// dtype as `like`.
+inline Tensor given_or_new(const OptionalTensor& given, const Tensor& like) {
+  return given ? *given : allocate(sizes_of(like), like.scalar_type(), like);
+}
 // Keeps `t` alive as long as a call whose parameters point into it.
 inline const Tensor& keep(std::vector<Tensor>& kept, Tensor t) {
   kept.push_back(std::move(t));

@@ -43,7 +43,7 @@ Inputs check_and_make(const char* op, const Arguments& a, std::vector<Tensor>& k
 ForwardCall prepare_forward(const Arguments& a) {
   ForwardCall call;
   call.params.in = check_and_make("gated_rmsnorm", a, call.kept);
-  call.y = a.y ? *a.y : allocate(sizes_of(a.x), a.x.scalar_type(), a.x);
+  call.y = given_or_new(a.y, a.x);
   call.params.y = rows_out(call.y);
   return call;
 }

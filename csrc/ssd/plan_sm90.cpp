@@ -6,6 +6,7 @@
 #include <limits>
 #include <string_view>
 
+#include "../core/search.h"
 #include "tiers.h"
 
 // As TORCH_CUDA_ARCH_LIST or CMake names them.
@@ -109,13 +110,9 @@ Runs best_runs(const Work& w) {
   return best;
 }
 
-template <class Cost>
-int64_t cheapest(const Work& w, int64_t longest, Cost cost) {
-  int64_t best = longest;
-  double least = cost(w, longest);
-  for (int64_t c = 2; c < longest; ++c)
-    if (const double of_c = cost(w, c); of_c < least) best = c, least = of_c;
-  return best;
+// Chunks of a task: all of them, or the fewer that cost less.
+int64_t best_length(const Work& w, int64_t longest, double (*cost)(const Work&, int64_t)) {
+  return cheapest(longest, 2, longest, [&](int64_t c) { return cost(w, c); });
 }
 
 }  // namespace
@@ -134,8 +131,8 @@ void plan_forward(const Problem& problem, const Device& device, Plan* plan) {
   const int64_t longest = std::min<int64_t>(w.chunks_per_row, 256);
   const int64_t by_ticket = shape.packed || plan->batch_invariant
                                 ? w.chunks_per_row
-                                : cheapest(w, w.chunks_per_row, ticket_cost);
-  const int64_t by_segment = cheapest(w, longest, segment_cost);
+                                : best_length(w, w.chunks_per_row, ticket_cost);
+  const int64_t by_segment = best_length(w, longest, segment_cost);
   const bool exact_only = plan->batch_invariant;
   const Runs runs = shape.packed || exact_only ? Runs{} : best_runs(w);
   bool tickets =

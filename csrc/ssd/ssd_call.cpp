@@ -89,7 +89,7 @@ ForwardCall prepare_scan(const char* op, const ScanArguments& a, bool return_fin
   const DType state = state_dtype(dtype_of(a.x));
   ForwardCall call;
   call.params.in = make_inputs(a, shape, call.kept);
-  call.y = a.y ? *a.y : allocate(sizes_of(a.x), a.x.scalar_type(), a.x);
+  call.y = given_or_new(a.y, a.x);
   call.params.y = strided_out(call.y);
   if (return_final_states) {
     call.final_states = allocate(sizes_of_states(shape), state, a.x);

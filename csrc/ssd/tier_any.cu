@@ -2,6 +2,7 @@
 // Workspace, forward: states (chunks, h, p, n) and decays (chunks, h) in fp32 (fp64 for fp64), and
 // the chunk table of packed sequences. The backward has the states twice, the chunks' parts of the
 // parameters' gradients, and dB and dC of slices of the heads, in fp32 (fp64), where there are any.
+#include "../core/search.h"
 #include "../core/workspace.h"
 #include "launch.h"
 #include "stages_any.h"
@@ -26,15 +27,11 @@ int head_slices(const Shape& shape, const Plan& plan, const Device& device) {
   if (plan.batch_invariant && heads > 0) return ceil_div(heads, kInvariantSliceHeads);
   const int64_t sms = device.sm_count < 1 ? 1 : device.sm_count;
   const int64_t blocks = shape.chunks(kChunkTokens) * shape.g * ceil_div(shape.n, 64);
-  const auto cost = [&](int slices) {
+  const auto cost = [&](int64_t slices) {
     const int64_t extra = slices > 1 ? 1 : 0;
     return ceil_div(blocks * slices, sms) * (ceil_div(heads, slices) + extra);
   };
-  int best = 1;
-  for (int slices = 2; slices <= heads; ++slices) {
-    if (cost(slices) < cost(best)) best = slices;
-  }
-  return best;
+  return int(cheapest(1, 2, heads + 1, cost));
 }
 
 // What lies in the workspace. With no memory behind it, it only counts.

@@ -5,6 +5,7 @@
 // states that the forward kept). z adds dy silu(z), as large as dy.
 #include <algorithm>
 
+#include "../core/search.h"
 #include "../core/tensor_map.h"
 #include "../core/workspace.h"
 #include "delta_backward.h"
@@ -37,14 +38,10 @@ int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) 
   const int heads = shape.heads_per_group() * splits_of(shape);
   if (plan.batch_invariant) return std::min(heads, kInvariantSliceHeads);
   const int64_t blocks = 2 * shape.chunks(kBackwardQ) * shape.g, sms = std::max(1, device.sm_count);
-  const auto cost = [&](int slices) {
+  const auto cost = [&](int64_t slices) {
     return ceil_div(blocks * slices, sms) * (ceil_div(heads, slices) + kBlockOverheadHeads);
   };
-  int best = 1;
-  int64_t least = cost(best);
-  for (int slices = 2; slices <= heads; ++slices)
-    if (const int64_t of_these = cost(slices); of_these < least) best = slices, least = of_these;
-  return ceil_div(heads, best);
+  return ceil_div(heads, int(cheapest(1, 2, heads + 1, cost)));
 }
 
 int unpaired_chunks(const Shape& shape, int slices, int sms) {

@@ -20,6 +20,7 @@ from mamba2_cuda.model.checkpoint import read_json, replace
 from mamba2_cuda.tokenizer import BYTES, open_tokenizer
 from mamba2_cuda.training import Recipe, Trainer, Windows, open_tokens, split, tokenize
 from mamba2_cuda.training.data import DTYPES, check_tokens
+from mamba2_cuda.training.report import can_plot
 
 from .common import add_device
 
@@ -106,7 +107,7 @@ def run(options):
     Trainer(model, recipe, *windows, options.out).run(resume=options.resume)
     if run["tokenizer"] not in (BYTES, None):
         shutil.copy(options.out / run["tokenizer"], options.out / "model/tokenizer.json")
-    if not (options.out / "loss.png").exists():
+    if not can_plot():
         print("no loss.png: matplotlib, which draws it, is not installed")
     print(f"the model: {options.out / 'model'}")
 

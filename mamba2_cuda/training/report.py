@@ -39,10 +39,13 @@ def parse(line):
     return content if isinstance(content, dict) and "step" in content else None
 
 
+def can_plot():
+    """Whether matplotlib, which draws, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def plot(log, path):
-    """The losses of training and held-out text over steps; False where matplotlib is absent."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
+    """The losses of training and held-out text over steps, drawn by matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +58,6 @@ def plot(log, path):
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return True
 
 
 class ProgressBar:

@@ -10,7 +10,7 @@ from mamba2_cuda.model import CheckpointError, save_model
 
 from .events import EventFile
 from .recipe import make_optimizer
-from .report import Log, ProgressBar, plot
+from .report import Log, ProgressBar, can_plot, plot
 from .run_state import load_state, newest_state, save_state, states
 
 
@@ -60,7 +60,7 @@ class Trainer:
             events.add(self.step, {k: v for k, v in line.items() if k != "step"})
             if last or self.step % self.recipe.save_every == 0:
                 save_state(self.out / "checkpoints", self.step, self.state())
-            if "held_out_loss" in line:
+            if "held_out_loss" in line and can_plot():
                 plot(log, self.out / "loss.png")
             bar.show(self.step, line)
         save_model(self.model, self.out / "model")
