@@ -1,11 +1,12 @@
 """The comparison itself: it takes what is as good as the yardstick and refuses what is not."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from cases import FACTORS, Case, make_gradients, make_inputs, pairwise
-from common import check, compare, expected_error, run_public, truth
+from common import check, compare, confidence, expected_error, run_public, to_double, truth
 
 from mamba2_cuda import reference
 from mamba2_cuda.reference.yardstick import yardstick
@@ -34,6 +35,29 @@ def test_other_chunk_length_passes(chunk):
     inputs, (dy, d_final) = make_inputs(HALF_CASE), make_gradients(HALF_CASE)
     results = yardstick(inputs, dy, d_final, operand=torch.bfloat16, chunk=chunk)
     compare(results, truth(HALF_CASE), expected_error(HALF_CASE), inputs)
+
+
+@pytest.mark.parametrize("h", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_confidence_covers_other_draws(tokens, h):
+    """Roundings drawn anew, by scaling what is rounded, do not differ by more than it says."""
+    case = Case(b=1, l=tokens, h=h, p=64, g=1, n=256, dtype=torch.bfloat16)
+    inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
+    generator = torch.Generator().manual_seed(1)
+    logs = {name: [] for name in ("y", "dx", "dB", "dC")}
+    said = {name: [] for name in logs}
+    for _ in range(32):
+        scale = dict(zip("xBC", 1 + torch.rand(3, dtype=torch.float64, generator=generator)))
+        drawn = {k: to_double(v) * scale.get(k, 1) for k, v in inputs.items() if torch.is_tensor(v)}
+        drawn = {**inputs, **drawn}
+        exact, rounded = (yardstick(drawn, dy, d_final, operand=o) for o in (None, case.dtype))
+        for name in logs:
+            error = rounded[name].to(case.dtype).double() - exact[name]
+            logs[name].append((error.norm() / exact[name].norm()).log())
+            said[name].append(math.log(confidence(name, error, tokens)) / 3)
+    for name in logs:
+        spread, allowed = torch.stack(logs[name]).std().item(), sum(said[name]) / len(said[name])
+        assert spread <= 1.2 * allowed, f"{name}: {spread:.3f}, {allowed:.3f}"
 
 
 def test_double_rounding_is_refused():
