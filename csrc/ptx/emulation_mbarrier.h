@@ -26,11 +26,10 @@ inline bool complete_if_due(MbarrierState& b) {
   wake_all(b.waiters);
   return true;
 }
+inline void expect_bytes(MbarrierState& b, uint32_t bytes);
 inline void arrive(MbarrierState& b, uint32_t bytes) {
   if (b.pending == 0) fault("mbarrier: more arrivals than its count of %d", b.count);
-  b.bytes += bytes;
-  if (b.bytes >= 1 << 20) fault("mbarrier: more than 2^20 - 1 bytes expected");
-  b.expects_bytes |= bytes != 0;
+  expect_bytes(b, bytes);
   --b.pending;
   progress();
   if (complete_if_due(b)) {
@@ -38,6 +37,11 @@ inline void arrive(MbarrierState& b, uint32_t bytes) {
   } else {
     yield_sometimes();
   }
+}
+inline void expect_bytes(MbarrierState& b, uint32_t bytes) {
+  b.bytes += bytes;
+  if (b.bytes >= 1 << 20) fault("mbarrier: more than 2^20 - 1 bytes expected");
+  b.expects_bytes |= bytes != 0;
 }
 inline void complete_bytes(MbarrierState& b, int64_t bytes) {
   b.bytes -= bytes;
@@ -129,6 +133,9 @@ inline void mbarrier_arrive(Mbarrier* b) {
 }
 inline void mbarrier_arrive_expect_tx(Mbarrier* b, uint32_t bytes) {
   emulation::arrive(emulation::mbarrier_at(b, "mbarrier_arrive_expect_tx"), bytes);
+}
+inline void mbarrier_expect_tx(Mbarrier* b, uint32_t bytes) {
+  emulation::expect_bytes(emulation::mbarrier_at(b, "mbarrier_expect_tx"), bytes);
 }
 inline void mbarrier_wait(Mbarrier* b, uint32_t parity) {
   using namespace emulation;

@@ -161,6 +161,11 @@ inline void tma_load_4d(void* smem, const TensorMap* map, int c0, int c1, int c2
   const int at[4] = {c0, c1, c2, c3};
   emulation::issue_load(emulation::tensor_copy("tma_load_4d", map, 4, at, smem), full);
 }
+inline void tma_load_5d(void* smem, const TensorMap* map, int c0, int c1, int c2, int c3, int c4,
+                        Mbarrier* full) {
+  const int at[5] = {c0, c1, c2, c3, c4};
+  emulation::issue_load(emulation::tensor_copy("tma_load_5d", map, 5, at, smem), full);
+}
 inline void tma_load_4d_once(void* smem, const TensorMap* map, int c0, int c1, int c2, int c3,
                              Mbarrier* full) {
   tma_load_4d(smem, map, c0, c1, c2, c3, full);

@@ -24,6 +24,11 @@ MAMBA2_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* b, uint32_t bytes) {
   cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                        cuda::ptx::space_shared, b, bytes);
 }
+MAMBA2_DEVICE void mbarrier_expect_tx(Mbarrier* b, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(b)),
+               "r"(bytes)
+               : "memory");
+}
 // Returns once the phase of this parity is complete (a fresh barrier: parity 1 returns at once).
 MAMBA2_DEVICE void mbarrier_wait(Mbarrier* b, uint32_t parity) {
   while (!cuda::ptx::mbarrier_try_wait_parity(b, parity)) {
@@ -40,6 +45,12 @@ MAMBA2_DEVICE void tma_load_3d(void* smem, const TensorMap* map, int c0, int c1,
 MAMBA2_DEVICE void tma_load_4d(void* smem, const TensorMap* map, int c0, int c1, int c2, int c3,
                                Mbarrier* full) {
   const int32_t at[4] = {c0, c1, c2, c3};
+  cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, smem, map, at,
+                                  full);
+}
+MAMBA2_DEVICE void tma_load_5d(void* smem, const TensorMap* map, int c0, int c1, int c2, int c3,
+                               int c4, Mbarrier* full) {
+  const int32_t at[5] = {c0, c1, c2, c3, c4};
   cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, smem, map, at,
                                   full);
 }

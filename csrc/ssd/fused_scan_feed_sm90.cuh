@@ -5,33 +5,29 @@
 
 namespace mamba2::ssd::sm90 {
 
-// One warp, all of whose values are uniform; its first lane acts.
+// One warp, all of whose values are uniform; one lane acts. What a chunk costs it is what a stage
+// arrives later, and in a sum what the chunk takes.
 template <class T, int kN, bool kGate, int kStages>
 struct Loader {
   static constexpr int kUnits = units_per_block(kN);
   using Smem = FusedScanSmem<T, kN, kGate, kStages>;
   const FusedScanArgs& args;
   Smem& s;
-  const bool acts;
   tile::RingPosition<kStages> at;
   tile::RingPosition<kTaskSlots> published;
   int announced;  // the last ticket; < 0: the next one is still to come
 
+  // All of a stage's bytes are expected and asked for; `full` still wants the loader's arrival.
   MAMBA2_DEVICE void load(const Unit (&units)[kUnits], int row, int token, bool backwards) {
     auto& stage = s.stage[at.stage];
     ptx::Mbarrier* full = &s.ring.full[at.stage];
     const int active = units[kUnits - 1].active ? kUnits : 1, group = units[0].group;
     const uint32_t tile_bytes = kQ * kP * sizeof(T);
-    ptx::mbarrier_arrive_expect_tx(
+    ptx::mbarrier_expect_tx(
         full, backwards ? kQ * kN * sizeof(T) + active * tile_bytes
                         : 2 * kQ * kN * sizeof(T) + active * tile_bytes * (1 + kGate));
-    MAMBA2_UNROLL
-    for (int panel = 0; panel < kN / 64; ++panel) {
-      const int offset = panel * kQ * 64;
-      ptx::tma_load_4d(stage.B + offset, &args.B, panel * 64, group, token, row, full);
-      if (!backwards)
-        ptx::tma_load_4d(stage.C + offset, &args.C, panel * 64, group, token, row, full);
-    }
+    if (!backwards) ptx::tma_load_5d(stage.C, &args.C, 0, token, 0, group, row, full);
+    ptx::tma_load_5d(stage.B, &args.B, 0, token, 0, group, row, full);
     MAMBA2_UNROLL
     for (int half = 0; half < kUnits; ++half) {
       const Unit u = units[half];
@@ -65,11 +61,12 @@ struct Loader {
       const int row = tile::uniform(c.row), token = tile::uniform(c.token);
       s.ring.wait_empty(at);
       __syncwarp();  // no lane looks at a barrier that has gone on since
-      if (acts) {
+      if (ptx::elect_sync()) {
+        load(units, row, token, task.backwards);
         s.info[at.stage] = {
             flags_of(walk, next), c.row,     c.token, c.count, c.i_seq, task.pair, task.slot,
             task.segment,         kept_at(c)};
-        load(units, row, token, task.backwards);
+        s.ring.fill(at);
       }
       at.advance();
       walk.go_to(next);
@@ -77,7 +74,8 @@ struct Loader {
     }
   }
   MAMBA2_DEVICE int take_after(int ticket) const {
-    if (args.ticket) return tile::uniform(acts ? ptx::atom_add_relaxed_gpu(args.ticket, 1) : 0);
+    const bool takes = threadIdx.x % 32 == 0;  // the lane whose values are uniform()
+    if (args.ticket) return tile::uniform(takes ? ptx::atom_add_relaxed_gpu(args.ticket, 1) : 0);
     return ticket < 0 ? first_ticket(args) : ticket_after(args, ticket);
   }
   // The next task that has chunks, or that there is none.
@@ -86,7 +84,7 @@ struct Loader {
     while (args.chunking.table && ticket < args.tasks && !has_chunks(task_of(args, ticket)));
     s.tickets_ring.wait_empty(published);
     __syncwarp();
-    if (acts) {
+    if (ptx::elect_sync()) {
       s.tickets[published.stage] = announced;
       s.tickets_ring.fill(published);
     }
@@ -112,7 +110,7 @@ struct Loader {
     }
     s.ring.wait_empty(at);
     __syncwarp();
-    if (acts) {
+    if (ptx::elect_sync()) {
       s.info[at.stage].flags = kExit;
       s.ring.fill(at);
     }

@@ -36,7 +36,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 1)
     } else if (warp >= kFirstDecays) {
       Decays<T, kN, kGate, kStages>(args, s, warp - kFirstDecays, lane).run();
     } else {
-      Loader<T, kN, kGate, kStages>{args, s, lane == 0}.run();
+      Loader<T, kN, kGate, kStages>{args, s}.run();
     }
   } else if (role == kScorer) {
     ptx::setmaxnreg_dec<scorer_registers(kN)>();

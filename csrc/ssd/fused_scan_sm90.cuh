@@ -63,7 +63,8 @@ constexpr int scanner_registers(int n) {
 enum class Schedule : int { tickets = kTickets, segments = kSegments, prefixes = kPrefixes };
 
 struct FusedScanArgs {
-  ptx::TensorMap x, B, C, z, y;  // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
+  ptx::TensorMap x, z, y;  // (b, l, h, p): boxes of 64 tokens x 64 columns
+  ptx::TensorMap B, C;     // (b, g, n / 64, l, 64): boxes of all columns of 64 tokens, as panels
   Chunking chunking;
   int rows;  // b, or packed sequences
   int h, p, g, n;

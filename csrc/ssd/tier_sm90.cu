@@ -57,6 +57,16 @@ int map_of(ptx::TensorMap* map, DType dtype, const Shape& shape, const void* bas
   const int box[4] = {tile::kPanelColumns, 1, kQ, 1};
   return make_tensor_map(map, dtype, base, 4, dims, strides, box, true);
 }
+// (b, l, g, n) of B or C the same way, panels of 64 columns as a dimension: one box is 64 tokens of
+// all columns, as the kernel wants them.
+int map_of_panels(ptx::TensorMap* map, const Inputs& in, const Strided& t) {
+  const int64_t size = int64_t(size_of(in.dtype)), n = in.shape.n, panel = tile::kPanelColumns;
+  const int panels = int(ceil_div(n, panel));
+  const int64_t dims[5] = {std::min(n, panel), in.shape.l, panels, in.shape.g, in.shape.b};
+  const int64_t strides[4] = {t.l * size, panel * size, t.h * size, t.b * size};
+  const int box[5] = {tile::kPanelColumns, kQ, panels, 1, 1};
+  return make_tensor_map(map, in.dtype, t.ptr, 5, dims, strides, box, true);
+}
 template <class View>
 int map_of(ptx::TensorMap* map, const Inputs& in, const View& t, int heads, int width) {
   return map_of(map, in.dtype, in.shape, t.ptr, t.b, t.l, t.h, heads, width);
@@ -66,8 +76,8 @@ int make_maps(const ForwardParams& params, FusedScanArgs* args) {
   const Inputs& in = params.in;
   const Shape& shape = in.shape;
   if (int e = map_of(&args->x, in, in.x, shape.h, shape.p)) return e;
-  if (int e = map_of(&args->B, in, in.B, shape.g, shape.n)) return e;
-  if (int e = map_of(&args->C, in, in.C ? in.C : in.B, shape.g, shape.n)) return e;
+  if (int e = map_of_panels(&args->B, in, in.B)) return e;
+  if (int e = map_of_panels(&args->C, in, in.C ? in.C : in.B)) return e;
   if (int e = map_of(&args->z, in, in.z ? in.z : in.x, shape.h, shape.p)) return e;
   const Strided y{params.y.ptr, params.y.b, params.y.l, params.y.h};
   return map_of(&args->y, in, y.ptr ? y : in.x, shape.h, shape.p);
