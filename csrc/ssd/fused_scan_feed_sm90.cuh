@@ -70,7 +70,7 @@ struct Loader {
       }
       at.advance();
       walk.go_to(next);
-      if (announced < 0) announce_after(ticket);
+      if (announced < 0 && (at.stage == 0 || !walk.exists())) announce_after(ticket);
     }
   }
   MAMBA2_DEVICE int take_after(int ticket) const {
@@ -94,7 +94,7 @@ struct Loader {
   // may keep chunk c's stage until it has the weights of chunk c + 1. So a task is announced before
   // the loader waits for the first stage of the task in front: it has then loaded chunk c at most,
   // whose stage was chunk c - kStages's, and that one needs the weights of chunk c - 1 at most.
-  // (The first task's first stage is free: there, what comes next is found under the load.)
+  // (The first task's first stages are free: there, what comes next is found when they are filled.)
   MAMBA2_DEVICE void run() {
     static_assert(kStages >= 2, "see above");
     ptx::prefetch_tensormap(&args.B);
