@@ -34,7 +34,7 @@ struct FinishingSide {
   }
   MAMBA2_DEVICE void clear_group(int valid) const {
     ptx::mbarrier_wait(&s.group_loaded, 0);
-    clear_rows<kN>(s.B, task.own_of(valid), thread_anew(), kThreads);
+    clear_own_rows<Shape, kN>(s.B, task.own_of(valid), thread_anew(), kThreads);
     clear_rows<kN>(s.C, task.own_of(valid), thread_anew(), kThreads);
     if (task.block == 0)
       clear_rows<kN>(s.later_C(), max(0, valid - kBlock), thread_anew(), kThreads);
@@ -45,7 +45,7 @@ struct FinishingSide {
     const TokenSlot<kN> slot(i);
     TokenStage<T>& stage = s.tokens[slot.stage];
     ptx::mbarrier_wait(&s.tokens_loaded[slot.stage], slot.phase);
-    clear_rows<kHeadDim>(stage.x, task.own_of(valid), thread_anew(), kThreads);
+    clear_own_rows<Shape, kHeadDim>(stage.x, task.own_of(valid), thread_anew(), kThreads);
     clear_rows<kHeadDim>(stage.dy[0], task.own_of(valid), thread_anew(), kThreads);
     if (task.block == 0)
       clear_rows<kHeadDim>(stage.dy[1], max(0, valid - kBlock), thread_anew(), kThreads);

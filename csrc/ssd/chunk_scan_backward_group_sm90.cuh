@@ -13,7 +13,7 @@ struct TokenGroup : TokenPairs<T, kN> {
   using Base::BC, Base::dCB, Base::U;
   using Base::earlier, Base::group, Base::part, Base::thread_anew;
   using Base::kGroups, Base::kSharers;
-  using typename Base::Columns, typename Base::Fragment;
+  using typename Base::Columns, typename Base::Fragment, typename Base::Shape;
   static constexpr int kGroupRows = 8 * tile::kPanelColumns;  // from one group to the next
 
   // d (j, i) = a (j, k) b (i, k) of this side's columns i: issued.
@@ -69,7 +69,7 @@ struct TokenGroup : TokenPairs<T, kN> {
     if (target == kOwn) {
       MAMBA2_UNROLL
       for (int e = 0; e < 4 * kGroups; ++e) {
-        const bool before = me.column(group(e / 4)) + (e & 1) < me.row((e >> 1) & 1);
+        const bool before = me.column(group(e / 4)) + (e & 1) < own_row<Shape>(me, (e >> 1) & 1);
         d[e] = before ? 0 : d[e];
       }
     }

@@ -32,6 +32,21 @@
 namespace mamba2::ssd::sm90 {
 namespace {
 
+// A panel of own tokens that may be folded: load(to, map, token) loads a box. `whole` is the map of
+// boxes of 64 tokens, `eights` that of 8.
+template <class Shape, class T, class Load>
+MAMBA2_DEVICE void load_own(T* panel, const ptx::TensorMap* whole, const ptx::TensorMap* eights,
+                            Load&& load) {
+  if (!Shape::kFolded) return load(panel, whole, 0);
+  MAMBA2_NO_UNROLL
+  for (int warp = 0; warp < kSideWarps; ++warp) {
+    MAMBA2_UNROLL
+    for (int half = 0; half < 2; ++half)
+      load(panel + (2 * warp + half) * 8 * tile::kPanelColumns, eights,
+           8 * own_eight<Shape>(warp, half));
+  }
+}
+
 template <class T, int kN>
 MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
                            const ScanTask& task) {
@@ -47,7 +62,10 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   ptx::mbarrier_arrive_expect_tx(group_loaded, (2 + earlier) * kGroupTile);
   for (int panel = 0; panel < kN / 64; ++panel) {
     const int at = panel * kBlock * 64, column = panel * 64;
-    ptx::tma_load_4d(s.B + at, &args.B, column, task.group, own, chunk.row, group_loaded);
+    load_own<ScanShape<kN>>(
+        s.B + at, &args.B, &args.B_eights, [&](T* to, const ptx::TensorMap* map, int token) {
+          ptx::tma_load_4d(to, map, column, task.group, own + token, chunk.row, group_loaded);
+        });
     ptx::tma_load_4d(s.C + at, &args.C, column, task.group, own, chunk.row, group_loaded);
     if (earlier)
       ptx::tma_load_4d(s.later_C() + at, &args.C, column, task.group, later, chunk.row,
@@ -72,7 +90,10 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     ptx::Mbarrier* full = &tokens_loaded[slot.stage];
     ptx::mbarrier_wait(&s.tokens_ring.empty[slot.stage], slot.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, bytes);
-    ptx::tma_load_4d_once(stage.x, &args.x, place.channel, place.head, own, chunk.row, full);
+    load_own<ScanShape<kN>>(
+        stage.x, &args.x, &args.x_eights, [&](T* to, const ptx::TensorMap* map, int token) {
+          ptx::tma_load_4d_once(to, map, place.channel, place.head, own + token, chunk.row, full);
+        });
     ptx::tma_load_4d_once(stage.dy[0], &args.dy, place.channel, place.head, own, chunk.row, full);
     if (earlier)  // of these both blocks have need
       ptx::tma_load_4d(stage.dy[1], &args.dy, place.channel, place.head, later, chunk.row, full);

@@ -16,6 +16,8 @@ struct ScanShape {
   // that the two are at different heads and neither waits for the other, where a thread's
   // registers hold all columns.
   static constexpr int kSharers = kN > 64 ? 2 : 1;
+  // Own tokens are folded (below).
+  static constexpr bool kFolded = kSharers == 2;
   static constexpr int kHeadWarps = kSideWarps * (1 + kSharers);  // consumers of one head
   static constexpr int kTokenStages = kSharers == 2 ? 3 : 4, kStateStages = kSharers == 2 ? 2 : 3;
   static constexpr int kResultStages = kStateStages, kDxTiles = kStateStages - 1;
@@ -60,6 +62,39 @@ struct alignas(1024) StateStage {
   T S[kHeadDim * kN];  // panels [p][64 n]
   T G[kHeadDim * kN];
 };
+
+// Own tokens as the j of pairs are *folded* where columns are shared: of the 8 times 8 tokens of
+// the block, the rows of warp w are the w-th eight from the beginning and the w-th from the end, so
+// that all warps have equally many pairs i >= j. So lie the tiles of x and B, the panels of dCB,
+// and all accumulators (j, .). The eight of tokens that is the half-th of a warp's two, and where
+// it lies:
+template <class Shape>
+MAMBA2_DEVICE int own_eight(int warp, int half) {
+  if (!Shape::kFolded) return 2 * warp + half;
+  return half == 0 ? warp : kBlock / 8 - 1 - warp;
+}
+template <class Shape>
+MAMBA2_DEVICE int place_of_eight(int eight) {
+  if (!Shape::kFolded) return eight;
+  return eight < kBlock / 16 ? 2 * eight : kBlock / 4 - 1 - 2 * eight;
+}
+// The own token of this lane's half-th row of an accumulator (j, .).
+template <class Shape>
+MAMBA2_DEVICE int own_row(const tile::Lane& me, int half) {
+  return 8 * own_eight<Shape>(me.warp, half) + me.lane / 4;
+}
+// From where a lane finds its row of a fragment to where that is in a folded panel, and the other
+// way round: in elements. (Not as rows: the swizzle is the same, and its arithmetic is done once.)
+template <class Shape>
+MAMBA2_DEVICE int to_folded(const tile::Lane& me) {
+  const int eight = 2 * me.warp + (me.lane >> 3 & 1);
+  return (place_of_eight<Shape>(eight) - eight) * 8 * tile::kPanelColumns;
+}
+template <class Shape>
+MAMBA2_DEVICE int to_unfolded(const tile::Lane& me) {
+  const int half = me.lane >> 3 & 1;
+  return (own_eight<Shape>(me.warp, half) - 2 * me.warp - half) * 8 * tile::kPanelColumns;
+}
 
 // What the consumers leave of one head for the finishing side; dx is apart.
 struct alignas(16) HeadResults {
@@ -187,11 +222,22 @@ struct SweepsBefore {
   }
 };
 
-// Rows from `count` on become zero.
+// Rows from `count` on become zero; tokens from `count` on of a tile that may be folded.
 template <int kColumns, class T>
 MAMBA2_DEVICE void clear_rows(T* tile, int count, int thread, int threads) {
   for (int panel = 0; panel < kColumns / 64; ++panel)
     tile::zero_rows<kBlock>(tile + panel * kBlock * 64, count, thread, threads);
+}
+template <class Shape, int kColumns, class T>
+MAMBA2_DEVICE void clear_own_rows(T* tile, int count, int thread, int threads) {
+  if (!Shape::kFolded) return clear_rows<kColumns>(tile, count, thread, threads);
+  for (int panel = 0; panel < kColumns / 64; ++panel) {
+    for (int eight = count / 8; eight < kBlock / 8; ++eight) {
+      const int place = panel * kBlock / 8 + place_of_eight<Shape>(eight);
+      tile::zero_rows<8>(tile + place * 8 * tile::kPanelColumns, max(0, count - 8 * eight), thread,
+                         threads);
+    }
+  }
 }
 
 // Row by row, a fragment times an accumulator of the same shape: adds this lane's part of the sum.

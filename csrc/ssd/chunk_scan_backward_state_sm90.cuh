@@ -18,6 +18,7 @@ struct StateSide : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::thread;
   using Base::Base;
+  using typename Base::Shape;
   float dC[kN / 2], dB[kN / 2];
 
   MAMBA2_DEVICE void sum_dD(const TokenStage<T>& stage, HeadResults& results) {
@@ -26,7 +27,7 @@ struct StateSide : ScanConsumer<T, kN> {
     for (int step = 0; step < 4; ++step) {
       uint32_t dy[4], x[4];
       tile::load_fragment(dy, stage.dy[0], step, me);
-      tile::load_fragment(x, stage.x, step, me);
+      tile::load_fragment(x, stage.x + to_folded<Shape>(me), step, me);
       MAMBA2_UNROLL
       for (int i = 0; i < 4; i += 2) {
         const float2 x0 = unpack2<T>(x[i]), x1 = unpack2<T>(x[i + 1]);
@@ -45,7 +46,7 @@ struct StateSide : ScanConsumer<T, kN> {
     for (int step = 0; step < kHeadDim / 16; ++step) {
       uint32_t dy[4], x[4];
       tile::load_fragment(dy, stage.dy[0], step, me);
-      tile::load_fragment(x, stage.x, step, me);
+      tile::load_fragment(x, stage.x + to_folded<Shape>(me), step, me);
       ptx::mma_m16n8k16<T>(upper, dy, x[0], x[2]);
       ptx::mma_m16n8k16<T>(lower, dy, x[1], x[3]);
     }
@@ -85,7 +86,7 @@ struct StateSide : ScanConsumer<T, kN> {
     for (int half = 0; half < 2; ++half)
       weight[half] =
           ptx::ex2(stage.a_log2[kBackwardQ - 1] - a_log2[lane.row(half)]) * delta[lane.row(half)];
-    tile::load_fragments<4>(rest, stage.x, lane);
+    tile::load_fragments<4>(rest, stage.x + to_folded<Shape>(lane), lane);
     scale_rows_rest<T>(rest, weight);
     add_product<T, kN>(dB, rest, tile::MnMajor<kHeadDim>{states.G});
   }
@@ -122,7 +123,7 @@ struct StateSide : ScanConsumer<T, kN> {
     multiply_rows(dC, dy, states.S);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(dC);
-    tile::load_fragments<4>(x, stage.x, me);
+    tile::load_fragments<4>(x, stage.x + to_folded<Shape>(me), me);
     scale_rows<T>(x, to_state);
     multiply_rows(dB, x, states.G);
     MAMBA2_UNROLL
@@ -156,7 +157,7 @@ struct StateSide : ScanConsumer<T, kN> {
     uint32_t a[16];
     tile::load_transposed<4>(a, this->dCB_panel(0), me);
     add_product<T, kN>(dC, a, tile::MnMajor<kBlock>{s.B});
-    tile::load_fragments<4>(a, this->dCB_panel(0), me);
+    tile::load_fragments<4>(a, this->dCB_panel(0) + to_folded<Shape>(me), me);
     add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{s.C});
     if (task.block == 0) {
       this->wait_states(task.heads);
@@ -166,7 +167,7 @@ struct StateSide : ScanConsumer<T, kN> {
         ptx::fence_proxy_async_shared();
         ptx::bar_sync(kStateSideBarrier, tile::kWarpgroup);
       }
-      tile::load_fragments<4>(a, this->dCB_panel(1), me);
+      tile::load_fragments<4>(a, this->dCB_panel(1) + to_folded<Shape>(me), me);
       add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{later_C});
     }
     if (args.single_slice())

@@ -8,9 +8,10 @@
 //
 // At n = 128 both sides work on each head. Of a target's columns, in groups of 8, side 0 takes the
 // even ones, side 1 the odd ones; of dx, side 0 takes the first half of the channels, side 1 the
-// second. Each needs the other's m for that: warps that have the same rows exchange it. At n = 64
-// each side takes every second head alone. Either way both run the same instructions: they are to
-// fit the cache.
+// second. Each needs the other's m for that: warps that have the same rows exchange it. Rows are
+// folded, so that no warp waits for one that has more of the triangle. At n = 64 each side takes
+// every second head alone, rows in their order. Either way both run the same instructions: they are
+// to fit the cache.
 #pragma once
 #include "chunk_scan_backward_group_sm90.cuh"
 
@@ -89,10 +90,16 @@ struct TokenSide : TokenGroup<T, kN> {
 
   // ---- a head ----
   // This side's channels of x_j or dy_j.
-  MAMBA2_DEVICE void load_channels(ChannelFragment& a, const T* tile) const {
+  MAMBA2_DEVICE void load_x(ChannelFragment& a, const TokenStage<T>& stage) const {
     MAMBA2_UNROLL
     for (int step = 0; step < kSteps; ++step)
-      tile::load_fragment(a[step], tile, kSteps * part() + step, me);
+      tile::load_fragment(a[step], stage.x, kSteps * part() + step, me);
+  }
+  MAMBA2_DEVICE void load_dy(ChannelFragment& a, const TokenStage<T>& stage) const {
+    const T* dy = stage.dy[kOwn] + to_unfolded<Shape>(me);
+    MAMBA2_UNROLL
+    for (int step = 0; step < kSteps; ++step)
+      tile::load_fragment(a[step], dy, kSteps * part() + step, me);
   }
   // Log2 decay from the own block's end to the chunk's.
   MAMBA2_DEVICE float rest_of_chunk(const TokenStage<T>& stage) const {
@@ -135,12 +142,12 @@ struct TokenSide : TokenGroup<T, kN> {
   MAMBA2_DEVICE void leave_rows(float* to, float (&sums)[2]) const {
     share_columns<1>(sums, me.lane, 1);
     const float sum = sums[0] + __shfl_xor_sync(kAllLanes, sums[0], 2);
-    if ((me.lane & 2) == 0) to[me.row(me.lane & 1)] = sum;
+    if ((me.lane & 2) == 0) to[own_row<Shape>(me, me.lane & 1)] = sum;
   }
   MAMBA2_DEVICE void leave_delta(const Rows& rows, HeadResults& results) const {
     const bool lower = me.lane & 1;
     if (part() == 0 && (me.lane & 2) == 0)
-      results.delta[me.row(lower)] = lower ? rows.delta[1] : rows.delta[0];
+      results.delta[own_row<Shape>(me, lower)] = lower ? rows.delta[1] : rows.delta[0];
   }
   // Until the finishing side has read the dx that lay where the i-th head's will.
   MAMBA2_DEVICE void wait_dx(int i) const {
@@ -153,6 +160,7 @@ struct TokenSide : TokenGroup<T, kN> {
   // This lane's part of dx, complete and rounded: to shared memory.
   MAMBA2_DEVICE void leave(const TokenStage<T>& stage, const Gradient& dx, const Rows& rows,
                            const ChannelFragment& dy, int i) const {
+    T* to = s.dx[i % Shape::kDxTiles] + to_unfolded<Shape>(me);
     MAMBA2_UNROLL
     for (int step = 0; step < kSteps; ++step) {
       uint32_t r[4];
@@ -164,7 +172,7 @@ struct TokenSide : TokenGroup<T, kN> {
         const float2 D = *reinterpret_cast<const float2*>(stage.D + channel);
         r[k] = pack2<T>(d[0] * rows.delta[k & 1] + D.x * v.x, d[1] * rows.delta[k & 1] + D.y * v.y);
       }
-      tile::store_fragment(s.dx[i % Shape::kDxTiles], r, kSteps * part() + step, me);
+      tile::store_fragment(to, r, kSteps * part() + step, me);
     }
     ptx::fence_proxy_async_shared();
   }
@@ -186,7 +194,7 @@ struct TokenSide : TokenGroup<T, kN> {
     const int buffer = earlier() ? kOwn : i % 2;
     give(m, buffer);
     uint32_t x[2][4], dy[2][4];
-    load_channels(x, stage.x);
+    load_x(x, stage);
     const float rest = rest_of_chunk(stage);
     if (earlier())
       multiply_tokens(stage, kLater);
@@ -210,14 +218,14 @@ struct TokenSide : TokenGroup<T, kN> {
       give(m, kLater);
       this->leave_columns(columns, results, kLater);
       leave_rows(results.V[part()], rows.V);
-      load_channels(dy, stage.dy[kOwn]);
+      load_dy(dy, stage);
       take(other, kLater);
       multiply_weights(dx, m, other, stage.dy[kLater]);
       multiply_next(i, next);
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_fence_operand(dx);
     } else {
-      load_channels(dy, stage.dy[kOwn]);
+      load_dy(dy, stage);
       leave_rows(results.V[part()], rows.V);
     }
     leave_delta(rows, results);
@@ -258,12 +266,12 @@ struct TokenSide : TokenGroup<T, kN> {
     multiply_state(dx, this->wait_states(i));
     this->leave_columns(columns, results, earlier() ? kLater : kOwn);
     ChannelFragment channels;
-    load_channels(channels, stage.x);
+    load_x(channels, stage);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(dx);
     arrive_warp(&s.states_ring.empty[StateSlot(i).stage], me.lane);
     weigh_state(dx, F, channels, rest, rows);
-    load_channels(channels, stage.dy[kOwn]);
+    load_dy(channels, stage);
     ptx::wgmma_fence_operand(dx);
     const tile::MnMajor<kBlock> dy{stage.dy[kOwn]}, later_dy{stage.dy[kLater]};
     if (earlier()) {

@@ -36,15 +36,16 @@ constexpr int kDParts = kBlock / kDRun;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct BackwardArgs {
-  ptx::TensorMap x, dy, B, C;   // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
-  ptx::TensorMap dx_tiles;      // dx, likewise
-  Chunking chunking;            // q = 128
-  int chunks;                   // bound of the chunk index
-  int rows;                     // sequences
-  int sm_count;                 // of the card
-  int p;                        // of the tensors
-  int tensor_h;                 // their heads
-  int splits;                   // of these kernels' heads in one of them
+  ptx::TensorMap x, dy, B, C;         // (b, l, h, p), (b, l, g, n): boxes of 64 tokens x 64 columns
+  ptx::TensorMap dx_tiles;            // dx, likewise
+  ptx::TensorMap x_eights, B_eights;  // x and B: boxes of 8 tokens
+  Chunking chunking;                  // q = 128
+  int chunks;                         // bound of the chunk index
+  int rows;                           // sequences
+  int sm_count;                       // of the card
+  int p;                              // of the tensors
+  int tensor_h;                       // their heads
+  int splits;                         // of these kernels' heads in one of them
   int h, g, n;                  // h = tensor_h splits; n: of a pass, from where on the tensors are
   int tensor_n;                 // of the tensors
   int slices, heads_per_slice;  // of a group's heads: each has its own sums of dB and dC

@@ -100,18 +100,20 @@ void set_sizes(BackwardArgs* args, const Shape& shape, bool D_per_channel, const
   args->unpaired_chunks = unpaired_chunks(shape, args->slices, args->sm_count);
 }
 
-// (b, l, h or g, width), innermost first; boxes of 64 tokens x 64 columns.
-int map_of(ptx::TensorMap* map, const Inputs& in, const Strided& tensor, int heads, int width) {
+// (b, l, h or g, width), innermost first; boxes of so many tokens x 64 columns.
+int map_of(ptx::TensorMap* map, const Inputs& in, const Strided& tensor, int heads, int width,
+           int tokens = kBlock) {
   const int64_t size = static_cast<int64_t>(size_of(in.dtype));
   const int64_t dims[4] = {width, heads, in.shape.l, in.shape.b};
   const int64_t strides[3] = {tensor.h * size, tensor.l * size, tensor.b * size};
-  const int box[4] = {tile::kPanelColumns, 1, kBlock, 1};
+  const int box[4] = {tile::kPanelColumns, 1, tokens, 1};
   return make_tensor_map(map, in.dtype, tensor.ptr, 4, dims, strides, box, true);
 }
 
 int make_maps(const Inputs& in, const Strided& dy, BackwardArgs* args) {
   const Shape& shape = in.shape;
   if (const int error = map_of(&args->x, in, in.x, shape.h, shape.p)) return error;
+  if (const int error = map_of(&args->x_eights, in, in.x, shape.h, shape.p, 8)) return error;
   const Strided dx{args->dx.ptr, args->dx.b, args->dx.l, args->dx.h};
   if (const int error = map_of(&args->dx_tiles, in, dx, shape.h, shape.p)) return error;
   return map_of(&args->dy, in, dy, shape.h, shape.p);
@@ -175,6 +177,7 @@ int set_pass(const BackwardParams& params, int pass, bool states_of_all, Backwar
   B.ptr = from_column(B.ptr, first, size);
   C.ptr = from_column(C.ptr, first, size);
   if (const int error = map_of(&args->B, in, B, in.shape.g, args->n)) return error;
+  if (const int error = map_of(&args->B_eights, in, B, in.shape.g, args->n, 8)) return error;
   return map_of(&args->C, in, C, in.shape.g, args->n);
 }
 
