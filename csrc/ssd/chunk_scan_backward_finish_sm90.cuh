@@ -123,8 +123,7 @@ struct FinishingSide {
     const float row = R[0][i] + R[1][i] + R[2][i] + R[3][i] - V * results.delta[i];
     args.columns[own] = V + s.BC_diagonal[i] * results.dy_x[i];
     args.to_state[own] = shared ? results.F[0][i] + results.F[1][i] : results.F[0][i];
-    args.rows_out[own] = earlier ? row : row + results.E[i];
-    if (earlier) args.later_rows[own] = results.E[i];
+    args.rows_out[own] = row + results.E[i];
     const bool by_sweeps =
         args.K_by_forward_sweep(task.chunk) || args.K_by_reverse_sweep(task.chunk);
     if (earlier && i == 0 && !by_sweeps)

@@ -15,14 +15,14 @@ struct DeltaGradientParts {
   const float* delta = nullptr;       // (chunks, h, q)
   const float* rows = nullptr;        // (chunks, h, q)         R_i - Q_i, diagonal left out
   const float* columns = nullptr;     // (chunks, h, q)         sum_{i>=j} V_ij, diagonal included
-  const float* from_state = nullptr;  // (from_state_parts, chunks, h, q)  E_i
+  const float* from_state = nullptr;  // (from_state_parts, chunks, h, q)  E_i, or more of R_i
+  int from_state_first = 0;           // token of a chunk; those before it have none
   const float* to_state = nullptr;    // (chunks, h, q)  F_j / delta_j
   const float* through = nullptr;     // (through_parts, chunks, h)   K = 2^s_q <G, S>
   int from_state_parts = 1, through_parts = 1, head_parts = 1, passes = 1;
-  const float* dD = nullptr;    // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
-  int dD_width = 0;             // h, or h p
-  bool programmatic = false;    // launches begin while the kernel before them ends (sm_90)
-  bool complete_early = false;  // all but dD: before the kernel before this one lets it begin
+  const float* dD = nullptr;  // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
+  int dD_width = 0;           // h, or h p
+  bool programmatic = false;  // launches begin while the kernel before them ends (sm_90)
 };
 
 // Workspace: two fp32 arrays (chunks, h).
@@ -33,9 +33,13 @@ std::size_t delta_backward_workspace_bytes(int64_t chunks, int h);
 //   d delta_t    = F_t / delta_t + sum_{i>=t} V_it + A d(delta_t A)
 //   d_dt         = d delta_t * slope
 // and dA = sum_t delta_t d(delta_t A), d_dt_bias = sum d_dt, dD = sum over chunks of its parts.
-// Writes p.d_dt (tokens of chunks only), p.dA, p.d_dt_bias and p.dD where they are wanted; two
-// launches, fixed order of every sum. `chunks` is the number of chunks of the arrays.
-int delta_backward(const BackwardParams& p, const DeltaGradientParts& parts,
-                   const Chunking& chunking, int64_t chunks, void* workspace, void* stream);
+// Fixed order of every sum. `chunks` is the number of chunks of the arrays.
+// Writes p.d_dt (tokens of chunks only), and to the workspace the chunks' parts of dA and
+// d_dt_bias. Lets the next kernel begin when those before this one are complete.
+int delta_gradients(const BackwardParams& p, const DeltaGradientParts& parts,
+                    const Chunking& chunking, int64_t chunks, void* workspace, void* stream);
+// Writes p.dA, p.d_dt_bias and p.dD where they are wanted.
+int sum_chunks(const BackwardParams& p, const DeltaGradientParts& parts, int64_t chunks,
+               const void* workspace, void* stream);
 
 }  // namespace mamba2::ssd

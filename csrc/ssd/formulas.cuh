@@ -45,13 +45,6 @@ MAMBA2_HD Delta<T> delta_of(T dt, T bias, bool dt_softplus, T dt_min, T dt_max) 
   return {raw, slope};
 }
 
-// That derivative alone. Where nothing is clamped it does not take the step size.
-template <class T>
-MAMBA2_HD T delta_slope(T dt, T bias, bool dt_softplus, T dt_min, T dt_max) {
-  if (dt_softplus && dt_min <= T(0) && dt_max == T(INFINITY)) return sigmoid(dt + bias);
-  return delta_of(dt, bias, dt_softplus, dt_min, dt_max).gradient;
-}
-
 // log2 of one token's decay exp(delta A), clamped from below (see kMinDecayLog2).
 template <class T>
 MAMBA2_HD T decay_log2(T delta, T A) {

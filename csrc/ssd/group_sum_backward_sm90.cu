@@ -2,19 +2,26 @@
 // in their order and rounded (of a single slice, only dC of the later block is left to add); dD of
 // a chunk, added up over its blocks of tokens.
 //
-// grid: (chunks, groups and one more row for dD, 16 tokens each): a thread's loads are all on their
-// way at once, however few chunks there are. Bound by HBM: 2 fp32 arrays (slices, tokens, g, n)
-// read, dB and dC written.
+// grid: (chunks, pieces of the groups' tokens and one more for dD). Pieces are as many as the card
+// holds at once, so that what comes next begins early, and each has all its loads on their way.
+// Bound by HBM: 2 fp32 arrays (slices, tokens, g, n) read, dB and dC written.
 #include "../core/launch.h"
 #include "scan_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 namespace {
 
-constexpr int kThreads = 256, kTokens = 16;
+constexpr int kThreads = 256, kLoadsAtOnce = 4, kSlicesAtOnce = 2;
+constexpr int kLeastTokens = 8, kBlocksPerSm = 4;
 
-MAMBA2_DEVICE void add(float4& sum, const float* from) {
-  const float4 v = *reinterpret_cast<const float4*>(from);
+// How the tokens of a group are cut.
+struct Pieces {
+  Divisor count;
+  int tokens;  // of each
+};
+
+MAMBA2_DEVICE float4 load(const float* from) { return *reinterpret_cast<const float4*>(from); }
+MAMBA2_DEVICE void add(float4& sum, const float4& v) {
   sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
 template <class T>
@@ -25,75 +32,126 @@ MAMBA2_DEVICE void store(const StridedOut& out, const Chunk& chunk, int row, int
   *reinterpret_cast<uint2*>(to) = uint2{pack2<T>(v.x, v.y), pack2<T>(v.z, v.w)};
 }
 
-// Of kTokens tokens.
+// A piece's tokens `first` and on, of all slices.
 template <class T>
-MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk) {
-  const int group = blockIdx.y, n = args.n;
+MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk, int group, int first,
+                              int tokens) {
+  const int n = args.n, end = min(chunk.count, first + tokens);
   const int64_t groups = int64_t(args.chunks) * args.g;
   const int64_t here = int64_t(blockIdx.x) * args.g + group;
-  const int first = args.dC_first() * n, begin = first + blockIdx.z * kTokens * n;
-  const int end = min(chunk.count * n, begin + kTokens * n);
-  for (int i = begin + threadIdx.x * 4; i < end; i += kThreads * 4) {
-    const int row = i / n;
+  const int column = threadIdx.x * 4 % n;
+  for (int row = first + threadIdx.x * 4 / n; row < end; row += kThreads * 4 / n) {
     float4 dB{}, dC{};
-    MAMBA2_UNROLL
-    for (int slice = 0; slice < args.slices; ++slice) {
-      const int64_t at = slice * groups + here;
-      if (!args.single_slice()) add(dB, args.dB_slices + at * kBackwardQ * n + i);
-      add(dC, args.dC_slices + at * (kBackwardQ * n - first) + i - first);
-      if (row >= kBlock) add(dC, args.dC_later + at * kBlock * n + i - kBlock * n);
+    MAMBA2_NO_UNROLL
+    for (int slice = 0; slice < args.slices; slice += kSlicesAtOnce) {
+      float4 r_dB[kSlicesAtOnce], r_dC[kSlicesAtOnce], later[kSlicesAtOnce];
+      MAMBA2_UNROLL
+      for (int k = 0; k < kSlicesAtOnce; ++k) {
+        const int64_t at = (slice + k) * groups + here;
+        r_dB[k] = r_dC[k] = later[k] = float4{};
+        if (slice + k >= args.slices) continue;
+        r_dB[k] = load(args.dB_slices + (at * kBackwardQ + row) * n + column);
+        r_dC[k] = load(args.dC_slices + (at * kBackwardQ + row) * n + column);
+        if (row >= kBlock)
+          later[k] = load(args.dC_later + (at * kBlock + row - kBlock) * n + column);
+      }
+      MAMBA2_UNROLL
+      for (int k = 0; k < kSlicesAtOnce; ++k) add(dB, r_dB[k]), add(dC, r_dC[k]), add(dC, later[k]);
     }
-    if (!args.single_slice()) store<T>(args.dB, chunk, row, group, i % n, dB);
-    store<T>(args.dC, chunk, row, group, i % n, dC);
+    store<T>(args.dB, chunk, row, group, column, dB);
+    store<T>(args.dC, chunk, row, group, column, dC);
+  }
+}
+// Of the only slice: dC of the later block's tokens.
+template <class T>
+MAMBA2_DEVICE void sum_single_slice(const BackwardArgs& args, const Chunk& chunk, int group,
+                                    int first, int tokens) {
+  const int n = args.n, apart = kThreads * 4 / n, end = min(chunk.count, first + tokens);
+  const int64_t here = (int64_t(blockIdx.x) * args.g + group) * kBlock - kBlock;
+  const int column = threadIdx.x * 4 % n;
+  MAMBA2_NO_UNROLL
+  for (int row = first + threadIdx.x * 4 / n; row < end; row += apart * kLoadsAtOnce) {
+    float4 sum[kLoadsAtOnce], later[kLoadsAtOnce];
+    MAMBA2_UNROLL
+    for (int k = 0; k < kLoadsAtOnce; ++k) {
+      if (row + k * apart >= end) continue;
+      sum[k] = load(args.dC_slices + (here + row + k * apart) * n + column);
+      later[k] = load(args.dC_later + (here + row + k * apart) * n + column);
+    }
+    MAMBA2_UNROLL
+    for (int k = 0; k < kLoadsAtOnce; ++k) {
+      if (row + k * apart >= end) continue;
+      add(sum[k], later[k]);
+      store<T>(args.dC, chunk, row + k * apart, group, column, sum[k]);
+    }
   }
 }
 
-MAMBA2_DEVICE void sum_dD(const BackwardArgs& args, bool exists) {
-  const int64_t width = int64_t(args.h) * args.dD_parts();
+MAMBA2_DEVICE void sum_dD_channels(const BackwardArgs& args, bool exists) {
+  const int64_t width = int64_t(args.h) * kHeadDim;
   const float* blocks = args.dD_blocks + blockIdx.x * 2 * width;
-  if (args.D_per_channel) {
-    const int channels = args.tensor_h * args.p;
-    for (int i = threadIdx.x; i < channels; i += kThreads) {
-      const int at = i / args.p * args.splits * kHeadDim + i % args.p;
-      args.dD[int64_t(blockIdx.x) * channels + i] = exists ? blocks[at] + blocks[width + at] : 0.f;
-    }
-    return;
+  const int channels = args.tensor_h * args.p;
+  for (int i = threadIdx.x; i < channels; i += kThreads) {
+    const int at = i / args.p * args.splits * kHeadDim + i % args.p;
+    args.dD[int64_t(blockIdx.x) * channels + i] = exists ? blocks[at] + blocks[width + at] : 0.f;
   }
-  static_assert(kDParts % 4 == 0, "whole float4s");
-  for (int head = threadIdx.x; head < args.tensor_h; head += kThreads) {
+}
+// Four parts a lane, four lanes a head: two of each block's.
+MAMBA2_DEVICE void sum_dD_heads(const BackwardArgs& args, bool exists) {
+  static_assert(kDParts == 8, "two float4s");
+  constexpr int kLanes = 4;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t width = int64_t(args.h) * kDParts;
+  const float* parts = args.dD_blocks + (blockIdx.x * 2 + lane / 2) * width + lane % 2 * 4;
+  for (int first = 0; first < args.tensor_h; first += kThreads / kLanes) {
+    const int head = first + threadIdx.x / kLanes;
+    const int splits = exists && head < args.tensor_h ? args.splits : 0;
     double sum = 0;
-    const int first = head * args.splits * kDParts, parts = exists ? args.splits * kDParts : 0;
-    for (int i = first; i < first + parts; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(blocks + i);
-      const float4 later = *reinterpret_cast<const float4*>(blocks + width + i);
-      sum += double(v.x) + v.y + v.z + v.w + later.x + later.y + later.z + later.w;
+    for (int i = head * args.splits; i < head * args.splits + splits; ++i) {
+      const float4 v = load(parts + i * kDParts);
+      sum += double(v.x) + v.y + v.z + v.w;
     }
-    args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = static_cast<float>(sum);
+    MAMBA2_UNROLL
+    for (int step = 1; step < kLanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (lane == 0 && head < args.tensor_h)
+      args.dD[int64_t(blockIdx.x) * args.tensor_h + head] = static_cast<float>(sum);
   }
 }
 
 template <class T>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, 4)
-    group_sum_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
-  // In this order: all that came before this kernel is complete when the next one begins.
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
+    group_sum_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args,
+                     const MAMBA2_GRID_CONSTANT Pieces pieces) {
   const Chunk chunk = args.chunking.at(blockIdx.x);
-  if (int(blockIdx.y) == args.g) {
-    if (blockIdx.z == 0) sum_dD(args, chunk.i_seq >= 0);
-  } else if (chunk.i_seq >= 0) {
-    sum_slices<T>(args, chunk);
+  const int group = int(blockIdx.y) / pieces.count, piece = int(blockIdx.y) % pieces.count;
+  const bool exists = chunk.i_seq >= 0;
+  // Behind the last pass comes delta_gradients, which lets this kernel begin when what was before
+  // both is complete.
+  if (!args.last_pass) ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  if (group == args.g) {
+    args.D_per_channel ? sum_dD_channels(args, exists) : sum_dD_heads(args, exists);
+  } else if (exists && args.single_slice()) {
+    sum_single_slice<T>(args, chunk, group, kBlock + piece * pieces.tokens, pieces.tokens);
+  } else if (exists) {
+    sum_slices<T>(args, chunk, group, piece * pieces.tokens, pieces.tokens);
   }
+  ptx::griddepcontrol_wait();  // what comes next waits for this kernel, and so for that one
 }
 
 }  // namespace
 
 int group_sum(const BackwardArgs& args, DType dtype, void* stream) {
   const Range range("group_sum");
-  const unsigned pieces = (kBackwardQ - args.dC_first()) / kTokens;
-  const LaunchShape at{dim3(args.chunks, args.g + (args.dD != nullptr), pieces), kThreads, 0, true};
-  return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args)
-                              : launch(group_sum_kernel<f16>, at, stream, args);
+  const int tokens = kBackwardQ - args.dC_first();
+  int count = 1;
+  while (tokens / count > kLeastTokens &&
+         int64_t(args.chunks) * (2 * args.g * count + 1) <= kBlocksPerSm * args.sm_count)
+    count *= 2;
+  const Pieces pieces{Divisor(count), tokens / count};
+  const LaunchShape at{dim3(args.chunks, args.g * count + (args.dD != nullptr)), kThreads, 0, true};
+  return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args, pieces)
+                              : launch(group_sum_kernel<f16>, at, stream, args, pieces);
 }
 
 }  // namespace mamba2::ssd::sm90

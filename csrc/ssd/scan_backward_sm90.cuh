@@ -4,8 +4,9 @@
 //                        the states, backward in time for their gradients
 //   chunk_scan_gate_backward    with z, between the two: dz, and dy becomes dy silu(z) (launch.h)
 //   chunk_scan_backward  everything else, a chunk at a time: dx, dB, dC, the parts of d delta, dD
+//   delta_gradients      d_dt; dA and d_dt_bias of a chunk (delta_backward.h)
 //   group_sum            slices of dB and dC added up and rounded; dD of a chunk
-//   delta_backward       d_dt, dA, d_dt_bias (delta_backward.h)
+//   sum_chunks           dA, d_dt_bias and dD (delta_backward.h)
 //
 // S is the state that enters a chunk of q = 128 tokens, G the gradient of the state that leaves it.
 // A state in memory is an image of its tile in shared memory: n / 64 panels of (p = 64) x 64
@@ -17,7 +18,7 @@
 // the first one gives to dx is left in fp32, and the second one starts from it.
 //
 // These kernels' heads have 64 channels. A head of p channels is ceil(p / 64) of theirs, which
-// share delta, B and C: what they give to d delta is added up by delta_backward, to dB and dC as
+// share delta, B and C: what they give to d delta is added up by delta_gradients, to dB and dC as
 // any heads of a group's. Channels beyond p are read as zero and not written.
 #pragma once
 #include "../tile/progress.cuh"
@@ -69,8 +70,8 @@ struct BackwardArgs {
   bool last_pass;
   float* D_rows;      // (h, 64)          D, spread over channels; 0 without D
   StridedOut dx;      // (b, l, tensor_h, p)  T
-  float* rows_out;    // (chunks, h, q)     R_i - Q_i, and E_i in the later block
-  float* later_rows;  // (chunks, h, q)     E_i; in the later block R_i over the earlier
+  float* rows_out;    // (chunks, h, q)     R_i - Q_i + E_i
+  float* later_rows;  // (chunks, h, q)     of the later block only: R_i over the earlier
   float* columns;     // (chunks, h, q)     sum_{i>=j} V_ij
   float* to_state;    // (chunks, h, q)     F_j / delta_j
   float* through;     // (chunks, h)        K

@@ -5,7 +5,7 @@
 //   state_gradients             G, the gradients of the states that leave the chunks; K
 //   chunk_scan_backward         dx, and the sums over tokens inside a chunk
 //   group_scan_backward         dB, dC, E
-//   delta_backward              d_dt, dA, d_dt_bias, dD
+//   delta_gradients, sum_chunks d_dt, dA, d_dt_bias, dD (delta_backward.h)
 // At b 8, l 4096, h 80, p 64, g 1, n 128 it moves 4.5 GB (3.8 with kept states); the workspace is
 // 0.75 GB, of which S and G are 0.67; z adds 0.34 GB for dy silu(z). Splits of the heads add
 // partial sums, 17 MB a split for each of dB and dC; on 132 SMs there is one split.
@@ -149,8 +149,11 @@ struct Backward {
     parts.through_parts = state_gradients_parts(shape);
     parts.dD = params.dD ? memory.dD : nullptr;
     parts.dD_width = params.in.D_per_channel ? shape.h * shape.p : shape.h;
-    return delta_backward(params, parts, problem.chunking, problem.chunks, memory.delta_backward,
-                          stream);
+    if (int error = delta_gradients(params, parts, problem.chunking, problem.chunks,
+                                    memory.delta_backward, stream)) {
+      return error;
+    }
+    return sum_chunks(params, parts, problem.chunks, memory.delta_backward, stream);
   }
   int zero_outside_sequences() { return zero_outside(params, problem.chunking, stream); }
 };

@@ -1,8 +1,8 @@
-// Tier sm90, backward: chunk_cumsum, state_sweeps, chunk_scan_backward, group_sum, delta_backward
-// (scan_backward_sm90.cuh says what each does). With z state_sweeps runs once for S and once,
-// behind chunk_scan_gate_backward, for G. Workspace: mostly S and G of every chunk of 128 tokens,
-// in x's dtype: 2 x 64 n x 2 bytes a head, 335 MB each at b 8, l 4096, h 80, n 128 (G alone with
-// states that the forward kept). z adds dy silu(z), as large as dy.
+// Tier sm90, backward: chunk_cumsum, state_sweeps, chunk_scan_backward, delta_gradients, group_sum,
+// sum_chunks (scan_backward_sm90.cuh says what each does). With z state_sweeps runs once for S and
+// once, behind chunk_scan_gate_backward, for G. Workspace: mostly S and G of every chunk of 128
+// tokens, in x's dtype: 2 x 64 n x 2 bytes a head, 335 MB each at b 8, l 4096, h 80, n 128 (G alone
+// with states that the forward kept). z adds dy silu(z), as large as dy.
 #include <algorithm>
 
 #include "../core/search.h"
@@ -187,12 +187,13 @@ DeltaGradientParts parts_of(const BackwardArgs& args, int passes) {
   parts.rows = args.rows_out;
   parts.columns = args.columns;
   parts.from_state = args.later_rows;
+  parts.from_state_first = kBlock;
   parts.to_state = args.to_state;
   parts.through = args.through;
   parts.dD = args.dD;
   parts.head_parts = args.splits;
   parts.passes = passes;
-  parts.programmatic = parts.complete_early = true;  // group_sum stands between
+  parts.programmatic = true;
   parts.dD_width = args.D_per_channel ? args.tensor_h * args.p : args.tensor_h;
   return parts;
 }
@@ -207,13 +208,6 @@ int pass_gate(const BackwardParams& params, const Memory& memory, const Backward
   const sm80::GateBackward gate{params.dy, params.dz, d_y, passes->n};
   return sm80::chunk_scan_gate_backward(in, gate, passes->chunking, memory.delta,
                                         memory.a_cumsum_log2, passes->states, device, stream);
-}
-
-// One pass over columns of the state.
-int run_pass(const BackwardArgs& args, Sweeps sweeps, DType dtype, void* stream) {
-  if (const int error = state_sweeps(args, sweeps, dtype, stream)) return error;
-  if (const int error = chunk_scan_backward(args, dtype, stream)) return error;
-  return group_sum(args, dtype, stream);
 }
 
 }  // namespace
@@ -264,11 +258,19 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   if (sizes.has_z) {
     if (const int error = pass_gate(params, memory, passes, d_y, device, stream)) return error;
   }
+  const DeltaGradientParts parts = parts_of(args, count);
   for (int i = 0; i < count; ++i) {
-    if (const int error = run_pass(passes[i], sweeps, in.dtype, stream)) return error;
+    if (const int error = state_sweeps(passes[i], sweeps, in.dtype, stream)) return error;
+    if (const int error = chunk_scan_backward(passes[i], in.dtype, stream)) return error;
+    if (const int error = passes[i].last_pass
+                              ? delta_gradients(params, parts, args.chunking, args.chunks,
+                                                memory.delta_backward, stream)
+                              : 0) {
+      return error;
+    }
+    if (const int error = group_sum(passes[i], in.dtype, stream)) return error;
   }
-  if (const int error = delta_backward(params, parts_of(args, count), args.chunking, args.chunks,
-                                       memory.delta_backward, stream)) {
+  if (const int error = sum_chunks(params, parts, args.chunks, memory.delta_backward, stream)) {
     return error;
   }
   return zero_outside(params, args.chunking, stream);

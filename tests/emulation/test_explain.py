@@ -56,7 +56,7 @@ def test_the_forward_of_sm90_takes_what_it_pads_and_splits(ask, p, n):
 @pytest.mark.parametrize("p", [32, 64, 80, 256])
 def test_the_backward_of_sm90_pads_and_splits_heads(ask, p):
     split, pairs = ask(2, 300, 4, p, 1, 128, backward=True), 2 * -(-p // 64)
-    assert stages(split)[1:4] == ["state_sweeps", "chunk_scan_backward", "group_sum"]
+    assert stages(split)[1:4] == ["state_sweeps", "chunk_scan_backward", "delta_gradients"]
     assert split["kernels"][1]["grid"] == [2 * pairs, 2, 1]  # b; directions of time
 
 
