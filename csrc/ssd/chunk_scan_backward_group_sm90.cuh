@@ -64,6 +64,14 @@ struct TokenGroup : TokenPairs<T, kN> {
     }
     ptx::bar_sync(kTokenSidesBarrier, 2 * tile::kWarpgroup);
   }
+  // This side's columns to a panel.
+  MAMBA2_DEVICE void store_columns(T* panel, const Fragment& a) const {
+    MAMBA2_UNROLL
+    for (int k = 0; k < kGroups; k += 2) {
+      const uint32_t r[4] = {a[2 * k], a[2 * k + 1], a[2 * k + 2], a[2 * k + 3]};
+      tile::store_columns(panel, r, 8 * group(k), 8 * kSharers, me);
+    }
+  }
   // Rounded, for products; what pairs i < j have left in the own block's is none of it.
   MAMBA2_DEVICE void store_dCB(int target, Columns& d) {
     if (target == kOwn) {
@@ -75,11 +83,14 @@ struct TokenGroup : TokenPairs<T, kN> {
     }
     Fragment a;
     tile::round_to_fragments<T>(a, d);
+    store_columns(this->dCB_panel(target), a);
+    if (target == kLater) return;
     MAMBA2_UNROLL
-    for (int k = 0; k < kGroups; k += 2) {
-      const uint32_t r[4] = {a[2 * k], a[2 * k + 1], a[2 * k + 2], a[2 * k + 3]};
-      tile::store_columns(this->dCB_panel(target), r, 8 * group(k), 8 * kSharers, me);
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      const float2 kept = unpack2<T>(a[i]);
+      a[i] = pack2<T>(d[2 * i] - kept.x, d[2 * i + 1] - kept.y);
     }
+    store_columns(this->dCB_rest(), a);
   }
   // Adds up what both sides have of dCB: side 0 the own block's, side 1 the later one's.
   MAMBA2_DEVICE void add_dCB() {
@@ -116,7 +127,7 @@ struct TokenGroup : TokenPairs<T, kN> {
     uint32_t a[16];
     tile::load_transposed<4>(a, this->dCB_panel(kLater), me);
     const T* B = s.B + (kHalf < 64 ? side * kHalf : side * kBlock * tile::kPanelColumns);
-    add_product<T, kHalf>(dC, a, tile::MnMajor<kBlock>{B});
+    add_product<T, kHalf>(dC, tile::MnMajor<kBlock>{B}, a);
     this->store(this->slice(args.dC_later, kBlock, 0) + side * kHalf, dC);
   }
 

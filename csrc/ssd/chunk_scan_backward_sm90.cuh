@@ -350,14 +350,17 @@ struct ScanConsumer {
   }
   // dCB, summed over heads and rounded, transposed ([j][i]); no token is read by then.
   MAMBA2_DEVICE T* dCB_panel(int which) { return which ? s.tokens[0].dy[0] : s.tokens[0].x; }
+  // What is lost of the own block's: a second word. It is multiplied once a group, and so costs
+  // little; of pairs with the later block less is left where decay is not weak.
+  MAMBA2_DEVICE T* dCB_rest() { return s.tokens[Shape::kTokenStages - 1].x; }
 };
 
-// d (64, kN) += A B with A in registers; returns when it is done.
-template <class T, int kN, class BTile>
-MAMBA2_DEVICE void add_product(float (&d)[kN / 2], const uint32_t (&a)[16], const BTile& b) {
+// d (64, kN) += A B with A in registers, in one word or two; returns when it is done.
+template <class T, int kN, class BTile, class... Words>
+MAMBA2_DEVICE void add_product(float (&d)[kN / 2], const BTile& b, const Words&... a) {
   ptx::wgmma_fence_operand(d);
   ptx::wgmma_fence();
-  tile::product_rs<T, kN, 4>(d, a, b, true);
+  (tile::product_rs<T, kN, 4>(d, a, b, true), ...);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
   ptx::wgmma_fence_operand(d);

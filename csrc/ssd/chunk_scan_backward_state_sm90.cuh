@@ -81,14 +81,14 @@ struct StateSide : ScanConsumer<T, kN> {
     uint32_t rest[16];
     tile::load_fragments<4>(rest, stage.dy[0], lane);
     scale_rows_rest<T>(rest, weight);
-    add_product<T, kN>(dC, rest, tile::MnMajor<kHeadDim>{states.S});
+    add_product<T, kN>(dC, tile::MnMajor<kHeadDim>{states.S}, rest);
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half)
       weight[half] =
           ptx::ex2(stage.a_log2[kBackwardQ - 1] - a_log2[lane.row(half)]) * delta[lane.row(half)];
     tile::load_fragments<4>(rest, stage.x + to_folded<Shape>(lane), lane);
     scale_rows_rest<T>(rest, weight);
-    add_product<T, kN>(dB, rest, tile::MnMajor<kHeadDim>{states.G});
+    add_product<T, kN>(dB, tile::MnMajor<kHeadDim>{states.G}, rest);
   }
   MAMBA2_DEVICE void head(const TokenStage<T>& stage, const StateStage<T, kN>& states,
                           HeadResults& results) {
@@ -154,11 +154,13 @@ struct StateSide : ScanConsumer<T, kN> {
     }
     this->meet(&s.tokens_done);
     this->meet(&s.dCB_full);
-    uint32_t a[16];
-    tile::load_transposed<4>(a, this->dCB_panel(0), me);
-    add_product<T, kN>(dC, a, tile::MnMajor<kBlock>{s.B});
-    tile::load_fragments<4>(a, this->dCB_panel(0) + to_folded<Shape>(me), me);
-    add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{s.C});
+    uint32_t a[16], rest[16];
+    tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
+    tile::load_transposed<4>(rest, this->dCB_rest(), me);
+    add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a, rest);
+    tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
+    tile::load_fragments<4>(rest, this->dCB_rest() + to_folded<Shape>(me), me);
+    add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a, rest);
     if (task.block == 0) {
       this->wait_states(task.heads);
       T* later_C = s.later_C_again(task.heads);
@@ -167,8 +169,8 @@ struct StateSide : ScanConsumer<T, kN> {
         ptx::fence_proxy_async_shared();
         ptx::bar_sync(kStateSideBarrier, tile::kWarpgroup);
       }
-      tile::load_fragments<4>(a, this->dCB_panel(1) + to_folded<Shape>(me), me);
-      add_product<T, kN>(dB, a, tile::MnMajor<kBlock>{later_C});
+      tile::load_fragments<4>(a, this->dCB_panel(kLater) + to_folded<Shape>(me), me);
+      add_product<T, kN>(dB, tile::MnMajor<kBlock>{later_C}, a);
     }
     if (args.single_slice())
       this->round(args.dB, dB);
