@@ -213,6 +213,59 @@ struct Consumer {
     ptx::wgmma_fence_operand(state);
   }
 
+  // The same, tokens weighed and second words found a step at a time while the product of the steps
+  // before runs. At n = 64, where a step is short, this is slower.
+  MAMBA2_DEVICE void add_block_by_steps(const Stage& stage, const PairWeights* weight,
+                                        const BlockPlan& plan) {
+    constexpr int kFirstNear = kReverse ? 0 : kSteps - kMostSeconds;
+    constexpr int kNearest = kReverse ? 0 : kMostSeconds - 1;  // of these
+    const float decay = plan.decay;
+    const int planned = plan.seconds;
+    MAMBA2_UNROLL
+    for (float& e : state) e *= decay;
+    uint32_t a[4 * kSteps], rest[4 * kMostSeconds];
+    PairWeights w[2 * kSteps];
+    tile::load_transposed<kSteps>(a, stage.tokens[i], me);
+    MAMBA2_UNROLL
+    for (int k = 0; k < 2 * kSteps; ++k) w[k] = weight[me.column(k) / 2];
+    const auto weigh = [&](int step) {
+      MAMBA2_UNROLL
+      for (int r = 4 * step; r < 4 * step + 4; ++r) {
+        const uint32_t v = a[r];
+        a[r] = weigh_pair<T>(v, w[r / 2]);
+        const int near = r - 4 * kFirstNear;
+        if (0 <= near && near < 4 * kMostSeconds)
+          rest[near] = weigh_pair_rest<T>(v, w[r / 2], a[r]);
+      }
+    };
+    const tile::MnMajor<kBlock> operand{stage.operand};
+    const auto multiply = [&](const uint32_t* words, int step) {
+      ptx::WgmmaRs<T, kN, true>::run(state, words, operand.at(step), true);
+    };
+    weigh(0);
+    ptx::wgmma_fence_operand(state);
+    MAMBA2_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      ptx::wgmma_fence();
+      multiply(a + 4 * step, step);
+      if (step + 1 < kSteps) weigh(step + 1);
+    }
+    ptx::wgmma_commit_group();
+    const auto multiply_rests = [&](auto both) {
+      ptx::wgmma_fence();
+      multiply(rest + 4 * kNearest, kFirstNear + kNearest);
+      if (both()) multiply(rest + 4 - 4 * kNearest, kFirstNear + 1 - kNearest);
+      ptx::wgmma_commit_group();
+    };
+    const int seconds = tile::uniform(planned);
+    if (seconds == 1)
+      multiply_rests(std::false_type{});
+    else if (seconds == 2)
+      multiply_rests(std::true_type{});
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(state);
+  }
+
   // Rows that belong to the next sequence become zero.
   MAMBA2_DEVICE void clear_tail(Stage& stage, int count) {
     for (int panel = 0; panel < kN / 64; ++panel)
@@ -248,8 +301,14 @@ struct Consumer {
         const int count = chunk.count - block * kBlock;
         ptx::mbarrier_wait(&s.ring.full[at.stage], at.phase);
         if (args.chunking.table && count < kBlock) clear_tail(stage, count);
-        if (active)
-          add_block(stage, s.weight[k & 1][i] + block * kBlock / 2, s.plan[k & 1][i][block]);
+        if (active) {
+          const PairWeights* weight = s.weight[k & 1][i] + block * kBlock / 2;
+          const BlockPlan& plan = s.plan[k & 1][i][block];
+          if constexpr (kN > 64)
+            add_block_by_steps(stage, weight, plan);
+          else
+            add_block(stage, weight, plan);
+        }
         arrive_warp(&s.ring.empty[at.stage], me.lane);
         at.advance();
       }
