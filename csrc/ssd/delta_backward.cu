@@ -250,15 +250,16 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(Block<q>::kThreads, q > 128 ? 1 : 3)
   const bool is_head = int(threadIdx.x) < kTileHeads && first_head + int(threadIdx.x) < g.h;
   const int64_t head = int64_t(i_c) * g.h + first_head + threadIdx.x;  // where is_head
   const Chunk chunk = g.chunking.at(i_c);
-  const PairOfHeads<Block<q>::kSteps, Block<q>::kApart> pair(g.steps, g.paired, chunk, first_head,
-                                                             g.h);
   // In this order: all that came before this kernel is complete when the next one begins.
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
-  if (chunk.i_seq < 0) {
+  const auto wait = [] { ptx::griddepcontrol_wait(), ptx::griddepcontrol_launch_dependents(); };
+  if (chunk.i_seq < 0) {  // asked before dt, or that would be waited for with it
+    wait();
     if (is_head) g.dA[head] = g.d_dt_bias[head] = 0;
     return;
   }
+  const PairOfHeads<Block<q>::kSteps, Block<q>::kApart> pair(g.steps, g.paired, chunk, first_head,
+                                                             g.h);
+  wait();
   head_gradients<q>(smem.d_delta, g, chunk, i_c, first_head);
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
