@@ -84,7 +84,7 @@ struct TokenGroup : TokenPairs<T, kN> {
     Fragment a;
     tile::round_to_fragments<T>(a, d);
     store_columns(this->dCB_panel(target), a);
-    if (target == kLater) return;
+    if (target == kLater || !Shape::kRestOfdCB) return;
     MAMBA2_UNROLL
     for (int i = 0; i < 2 * kGroups; ++i) {
       const float2 kept = unpack2<T>(a[i]);

@@ -19,7 +19,7 @@
 //   tokens, transposed: rows are j), which share out columns i and channels of each head, or, at
 //   n = 64, the heads: dx, dCB, R, Q, F; a warp that loads and three that finish: K, and dx and all
 //   sums to memory. C B^T is computed once, in fp32; dCB meets B and C once, after the last head,
-//   the own block's in two words.
+//   the own block's in two words (n = 64: in one).
 // Shared memory: 3 or 4 stages x (x, dy of two blocks) + 2 or 3 stages x (S, G) + B, C + C B^T of
 //   the later block + m of two exchanges, or C B^T of the own block + dx: 224 KB. Stages and
 //   registers: ScanShape.

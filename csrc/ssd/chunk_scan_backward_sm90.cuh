@@ -21,6 +21,9 @@ struct ScanShape {
   static constexpr int kHeadWarps = kSideWarps * (1 + kSharers);  // consumers of one head
   static constexpr int kTokenStages = kSharers == 2 ? 3 : 4, kStateStages = kSharers == 2 ? 2 : 3;
   static constexpr int kResultStages = kStateStages, kDxTiles = kStateStages - 1;
+  // Whether dCB of the own block is multiplied in two words. At n = 64 ptxas then orders the whole
+  // kernel in a way that takes 2% longer.
+  static constexpr bool kRestOfdCB = kN > 64;
   // Registers a thread of each side; together 512, the share of a thread of each of four
   // warpgroups.
   static constexpr int kState = kN > 64 ? 200 : 136, kTokens = kN > 64 ? 136 : 168, kOthers = 40;

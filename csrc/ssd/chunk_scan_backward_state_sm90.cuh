@@ -154,13 +154,21 @@ struct StateSide : ScanConsumer<T, kN> {
     }
     this->meet(&s.tokens_done);
     this->meet(&s.dCB_full);
-    uint32_t a[16], rest[16];
-    tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
-    tile::load_transposed<4>(rest, this->dCB_rest(), me);
-    add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a, rest);
-    tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
-    tile::load_fragments<4>(rest, this->dCB_rest() + to_folded<Shape>(me), me);
-    add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a, rest);
+    uint32_t a[16];
+    if constexpr (Shape::kRestOfdCB) {
+      uint32_t rest[16];
+      tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
+      tile::load_transposed<4>(rest, this->dCB_rest(), me);
+      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a, rest);
+      tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
+      tile::load_fragments<4>(rest, this->dCB_rest() + to_folded<Shape>(me), me);
+      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a, rest);
+    } else {
+      tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
+      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a);
+      tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
+      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a);
+    }
     if (task.block == 0) {
       this->wait_states(task.heads);
       T* later_C = s.later_C_again(task.heads);

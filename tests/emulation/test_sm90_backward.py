@@ -135,22 +135,26 @@ def test_states_counted_of_several_sequences(emulated, name):
         run_ops(emulated.ops, plan=SM90)(make_inputs(case), *make_gradients(case))
 
 
-# Of the yardstick's error, where tokens are weighed in two words, and dCB is (docs/numerics.md).
+# Of the yardstick's error, by decay and n, where tokens are weighed in two words, and, at n = 128,
+# where dCB is (docs/numerics.md).
 LESS = {
-    "weak": {"d_initial_states": 0.8, "dA": 0.8, "dB": 0.8, "dC": 0.8},
-    "usual": {"d_initial_states": 0.2, "dB": 0.8, "dC": 0.8},
-    "strong": {"dB": 0.8, "dC": 0.8},
+    ("weak", 64): {"d_initial_states": 0.8, "dA": 0.8, "dB": 0.85, "dC": 0.85},
+    ("usual", 64): {"d_initial_states": 0.2},
+    ("usual", 128): {"dB": 0.85, "dC": 0.85},
+    ("strong", 128): {"dB": 0.85, "dC": 0.85},
 }
 
 
 @pytest.mark.parametrize("sms", [1, 16])  # three heads a block of the sweeps; two
-@pytest.mark.parametrize("decay", LESS)
-def test_two_words(emulated, decay, sms):
+@pytest.mark.parametrize("decay, n", LESS)
+def test_two_words(emulated, decay, n, sms):
     """What is rounded once less than in the yardstick."""
     emulated.schedule(seed=sms, sms=sms)
-    case = dataclasses.replace(BASE, l=300, h=3, initial_states="working", decay=decay, seed=40)
+    case = dataclasses.replace(
+        BASE, l=300, h=3, n=n, initial_states="working", decay=decay, seed=40
+    )
     results = run_ops(emulated.ops, plan=SM90)(make_inputs(case), *make_gradients(case))
-    for name, share in LESS[decay].items():
+    for name, share in LESS[decay, n].items():
         error = (results[name].double() - truth(case)[name]).norm()
         assert error <= share * expected_error(case)[name][0].norm(), name
 
