@@ -151,7 +151,7 @@ struct TokenSide : TokenGroup<T, kN> {
   }
   // Until the finishing side has read the dx that lay where the i-th head's will.
   MAMBA2_DEVICE void wait_dx(int i) const {
-    ptx::mbarrier_wait(&s.dx_empty[i % Shape::kDxTiles], i / Shape::kDxTiles + 1 & 1);
+    ptx::mbarrier_wait(&s.dx_empty[i % Shape::kDxTiles], (i / Shape::kDxTiles + 1) & 1);
   }
   // Until it is done with the sums that lay where this head's will.
   MAMBA2_DEVICE void wait_results(const ResultSlot& slot) const {
