@@ -9,8 +9,15 @@ NO_CUDA = "no CUDA device on this machine"
 def pytest_addoption(parser):
     add = parser.addoption
     add("--full", action="store_true", help="all cases, also without a GPU")
-    add("--random-problems", type=int, default=64, help="how many, on the host emulation")
+    add("--random-problems", type=int, default=64, help="how many, emulated and on a GPU")
     add("--first-problem", type=int, default=0, help="the first one's seed")
+
+
+def pytest_generate_tests(metafunc):
+    """The random problems asked for, by number: on the emulation and on a GPU."""
+    if metafunc.function.__name__ == "test_random_problem":
+        first, count = (metafunc.config.getoption(o) for o in ("first_problem", "random_problems"))
+        metafunc.parametrize("number", range(first, first + count))
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,6 @@ pytestmark = pytest.mark.gpu
 TIER = 0xF  # the bits of a plan that force one
 
 
-def pytest_generate_tests(metafunc):
-    first, count = (metafunc.config.getoption(o) for o in ("first_problem", "random_problems"))
-    metafunc.parametrize("number", range(first, first + count))
-
-
 def test_random_problem(number, cuda, ops):
     p = problem(number, cuda)
     if p.plan & TIER not in plans(cuda, p.case.dtype):

@@ -26,7 +26,11 @@ inline bool complete_if_due(MbarrierState& b) {
   wake_all(b.waiters);
   return true;
 }
-inline void expect_bytes(MbarrierState& b, uint32_t bytes);
+inline void expect_bytes(MbarrierState& b, uint32_t bytes) {
+  b.bytes += bytes;
+  if (b.bytes >= 1 << 20) fault("mbarrier: more than 2^20 - 1 bytes expected");
+  b.expects_bytes |= bytes != 0;
+}
 inline void arrive(MbarrierState& b, uint32_t bytes) {
   if (b.pending == 0) fault("mbarrier: more arrivals than its count of %d", b.count);
   expect_bytes(b, bytes);
@@ -37,11 +41,6 @@ inline void arrive(MbarrierState& b, uint32_t bytes) {
   } else {
     yield_sometimes();
   }
-}
-inline void expect_bytes(MbarrierState& b, uint32_t bytes) {
-  b.bytes += bytes;
-  if (b.bytes >= 1 << 20) fault("mbarrier: more than 2^20 - 1 bytes expected");
-  b.expects_bytes |= bytes != 0;
 }
 inline void complete_bytes(MbarrierState& b, int64_t bytes) {
   b.bytes -= bytes;

@@ -262,11 +262,11 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   for (int i = 0; i < count; ++i) {
     if (const int error = state_sweeps(passes[i], sweeps, in.dtype, stream)) return error;
     if (const int error = chunk_scan_backward(passes[i], in.dtype, stream)) return error;
-    if (const int error = passes[i].last_pass
-                              ? delta_gradients(params, parts, args.chunking, args.chunks,
-                                                memory.delta_backward, stream)
-                              : 0) {
-      return error;
+    if (passes[i].last_pass) {
+      if (const int error = delta_gradients(params, parts, args.chunking, args.chunks,
+                                            memory.delta_backward, stream)) {
+        return error;
+      }
     }
     if (const int error = group_sum(passes[i], in.dtype, stream)) return error;
   }

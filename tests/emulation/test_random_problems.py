@@ -24,11 +24,6 @@ from worker import Worker
 SECONDS = 300  # which a problem with all its draws may take on a busy machine
 
 
-def pytest_generate_tests(metafunc):
-    first, count = (metafunc.config.getoption(o) for o in ("first_problem", "random_problems"))
-    metafunc.parametrize("number", range(first, first + count))
-
-
 @pytest.fixture(scope="module")
 def worker(emulation_build):
     made = Worker(__file__, emulation_build.build_operators(), seconds=SECONDS)
