@@ -133,7 +133,7 @@ struct FinishingSide {
     const float (&R)[4][kBlock] = results.R[kLater];
     const float (&dD)[4][kHeadDim] = results.dD;
     if (task.block == 0)
-      args.later_rows[index * kBackwardQ + kBlock + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
+      args.later_rows[index * args.later_apart + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
     const int64_t block = int64_t(task.i_chunk) * 2 + task.block;
     float* out = args.dD_blocks + (block * args.h + head) * args.dD_parts();
     if (args.D_per_channel) {

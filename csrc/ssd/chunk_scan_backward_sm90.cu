@@ -77,7 +77,10 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   // sweep that counts began.
   if (!args.progress) ptx::griddepcontrol_wait();
   constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
-  const uint32_t bytes = (2 + earlier) * kTile + 3 * kScalars + kDRow;
+  // In the earlier half of a_run_log2 may lie what the earlier block has left of a head.
+  const int run_first = earlier ? 0 : kBlock;
+  const uint32_t run_bytes = sizeof(float) * (kBackwardQ - run_first);
+  const uint32_t bytes = (2 + earlier) * kTile + 2 * kScalars + run_bytes + kDRow;
   HeadPlace place(args, task.first_head);
   for (int i = 0; i < task.heads; ++i, place.advance(args)) {
     const int head = task.first_head + i;
@@ -99,7 +102,8 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     if (earlier)  // of these both blocks have need
       ptx::tma_load_4d(stage.dy[1], &args.dy, place.channel, place.head, later, chunk.row, full);
     ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + scalars, kScalars, full);
-    ptx::bulk_load(stage.a_run_log2, args.a_run_log2 + scalars, kScalars, full);
+    ptx::bulk_load(stage.a_run_log2 + run_first, args.a_run_log2 + scalars + run_first, run_bytes,
+                   full);
     ptx::bulk_load(stage.delta, args.delta + scalars, kScalars, full);
     ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
 

@@ -104,7 +104,8 @@ struct HeadParts {
     load_run(across, parts.rows + at);
     load_run(to_state, parts.to_state + at);
     load_run(d_delta, parts.columns + at);
-    if (has_from_state) load_run(from_state, parts.from_state + at);
+    const int64_t there = int64_t(part) * parts.from_state_apart + first - parts.from_state_first;
+    if (has_from_state) load_run(from_state, parts.from_state + there);
     through = parts.through[part];
     MAMBA2_UNROLL
     for (int k = 0; k < kLaneTokens; ++k) across[k] += from_state[k];
@@ -113,14 +114,14 @@ struct HeadParts {
     for (int i = 1; i < parts.through_parts; ++i) through += parts.through[int64_t(i) * all + part];
     MAMBA2_NO_UNROLL
     for (int i = 1; i < parts.from_state_parts; ++i)
-      add_run(across, parts.from_state + int64_t(i) * all * q + at);
+      add_run(across, parts.from_state + int64_t(i) * all * parts.from_state_apart + there);
     MAMBA2_NO_UNROLL
     for (int i = 1; i < parts.passes * parts.head_parts; ++i) {
       const int64_t more = i % parts.head_parts + i / parts.head_parts * all;
       const int64_t next = (part + more) * q + first;
       through += parts.through[part + more];
       add_run(across, parts.rows + next);
-      if (has_from_state) add_run(across, parts.from_state + next);
+      if (has_from_state) add_run(across, parts.from_state + more * parts.from_state_apart + there);
       add_run(to_state, parts.to_state + next);
       add_run(d_delta, parts.columns + next);
     }

@@ -12,13 +12,15 @@ namespace mamba2::ssd {
 // one that cuts heads leaves head_parts heads, one after another, where there is one in delta; of
 // several passes each leaves all arrays but delta, (passes, chunks, h, q).
 struct DeltaGradientParts {
-  const float* delta = nullptr;       // (chunks, h, q)
-  const float* rows = nullptr;        // (chunks, h, q)         R_i - Q_i, diagonal left out
-  const float* columns = nullptr;     // (chunks, h, q)         sum_{i>=j} V_ij, diagonal included
-  const float* from_state = nullptr;  // (from_state_parts, chunks, h, q)  E_i, or more of R_i
-  int from_state_first = 0;           // token of a chunk; those before it have none
-  const float* to_state = nullptr;    // (chunks, h, q)  F_j / delta_j
-  const float* through = nullptr;     // (through_parts, chunks, h)   K = 2^s_q <G, S>
+  const float* delta = nullptr;    // (chunks, h, q)
+  const float* rows = nullptr;     // (chunks, h, q)         R_i - Q_i, diagonal left out
+  const float* columns = nullptr;  // (chunks, h, q)         sum_{i>=j} V_ij, diagonal included
+  // (from_state_parts, chunks, h, from_state_apart)  E_i, or more of R_i
+  const float* from_state = nullptr;
+  int from_state_first = 0;         // token of a chunk; those before it have none
+  int from_state_apart = 0;         // q, or less
+  const float* to_state = nullptr;  // (chunks, h, q)  F_j / delta_j
+  const float* through = nullptr;   // (through_parts, chunks, h)   K = 2^s_q <G, S>
   int from_state_parts = 1, through_parts = 1, head_parts = 1, passes = 1;
   const float* dD = nullptr;  // (chunks, dD_width)     sum_t dy_t x_t of the chunk, optional
   int dD_width = 0;           // h, or h p

@@ -54,7 +54,7 @@ struct BackwardArgs {
                                 // of the last group and slice only, unless all chunks
   const float* delta;           // (chunks, tensor_h, q)
   const float* a_cumsum_log2;   // (chunks, tensor_h, q)
-  const float* a_run_log2;      // (chunks, tensor_h, q)  the same from the start of each 16 tokens
+  float* a_run_log2;            // (chunks, tensor_h, q)  the same from the start of each 16 tokens
   AnyFloat D;                   // (tensor_h) or (tensor_h, p), optional
   bool D_per_channel;
   AnyFloat initial_states;      // (nseq, tensor_h, p, n), optional
@@ -71,7 +71,9 @@ struct BackwardArgs {
   float* D_rows;      // (h, 64)          D, spread over channels; 0 without D
   StridedOut dx;      // (b, l, tensor_h, p)  T
   float* rows_out;    // (chunks, h, q)     R_i - Q_i + E_i
-  float* later_rows;  // (chunks, h, q)     of the later block only: R_i over the earlier
+  float* later_rows;  // (chunks, h, later_apart)  of the later block's 64 tokens: R_i over the
+                      //                    earlier ones'
+  int later_apart;    // 64, or q where they lie in a_run_log2
   float* columns;     // (chunks, h, q)     sum_{i>=j} V_ij
   float* to_state;    // (chunks, h, q)     F_j / delta_j
   float* through;     // (chunks, h)        K

@@ -143,6 +143,7 @@ struct Backward {
     parts.rows = memory.rows;
     parts.columns = memory.columns;
     parts.from_state = memory.from_state;
+    parts.from_state_apart = problem.chunking.q;
     parts.to_state = memory.to_state;
     parts.through = memory.K;
     parts.from_state_parts = group_scan_parts(shape);

@@ -53,7 +53,7 @@ int unpaired_chunks(const Shape& shape, int slices, int sms) {
 // What lies in the workspace; args points into it. With no memory behind it, it only counts.
 struct Memory {
   void *chunk_table, *delta_backward, *d_y;
-  float *delta, *a_cumsum_log2, *a_run_log2, *dD;
+  float *delta, *a_cumsum_log2, *dD;
   int64_t counts;  // of progress, of all passes
   Memory(const Problem& problem, BackwardArgs* args, Workspace& memory) {
     const Shape& shape = problem.shape;
@@ -67,9 +67,14 @@ struct Memory {
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
     delta = memory.take_array<float>(tensor_heads * kBackwardQ);
     a_cumsum_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
-    a_run_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
+    args->a_run_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
     args->rows_out = memory.take_array<float>(passes * heads * kBackwardQ);
-    args->later_rows = memory.take_array<float>(passes * heads * kBackwardQ);
+    // Of the sums of the earlier half of a chunk its earlier block is the only reader, and has read
+    // a head's before it leaves later_rows in their place. Where each head is read once.
+    const bool in_a_run = passes * splits_of(shape) == 1;
+    args->later_apart = in_a_run ? kBackwardQ : kBlock;
+    args->later_rows =
+        in_a_run ? args->a_run_log2 : memory.take_array<float>(passes * heads * kBlock);
     args->columns = memory.take_array<float>(passes * heads * kBackwardQ);
     args->to_state = memory.take_array<float>(passes * heads * kBackwardQ);
     args->through = memory.take_array<float>(passes * heads);
@@ -132,7 +137,6 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->tensor_n = in.shape.n;
   args->delta = memory.delta;
   args->a_cumsum_log2 = memory.a_cumsum_log2;
-  args->a_run_log2 = memory.a_run_log2;
   args->D = in.D;
   args->initial_states = in.initial_states;
   args->d_final_states = static_cast<const float*>(params.d_final_states);
@@ -162,8 +166,8 @@ int set_pass(const BackwardParams& params, int pass, bool states_of_all, Backwar
   const int first = pass * args->n;
   const int64_t heads = int64_t(args->chunks) * args->h, tokens = pass * heads * kBackwardQ;
   args->last_pass = pass + 1 == passes_of(in.shape);
-  for (float** array : {&args->rows_out, &args->later_rows, &args->columns, &args->to_state})
-    *array += tokens;
+  for (float** array : {&args->rows_out, &args->columns, &args->to_state}) *array += tokens;
+  args->later_rows += pass * heads * args->later_apart;
   args->through += pass * heads;
   if (args->progress) args->progress += pass * 2 * int64_t(args->rows) * args->h;
   if (states_of_all) args->states = from_column(args->states, first, heads * kHeadDim * size);
@@ -188,6 +192,7 @@ DeltaGradientParts parts_of(const BackwardArgs& args, int passes) {
   parts.columns = args.columns;
   parts.from_state = args.later_rows;
   parts.from_state_first = kBlock;
+  parts.from_state_apart = args.later_apart;
   parts.to_state = args.to_state;
   parts.through = args.through;
   parts.dD = args.dD;
@@ -252,7 +257,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
     if (const int error = set_pass(params, i, sizes.has_z, passes + i)) return error;
   }
   if (const int error = chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream,
-                                     nullptr, memory.a_run_log2, progress)) {
+                                     nullptr, args.a_run_log2, progress)) {
     return error;
   }
   if (sizes.has_z) {
