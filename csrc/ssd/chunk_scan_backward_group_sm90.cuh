@@ -1,6 +1,7 @@
 // chunk_scan_backward (sm_90a), the token sides before and after all heads: C B^T, which each head
 // meets, and dCB, which all heads have added to.
 #pragma once
+#include "chunk_scan_backward_meeting_sm90.cuh"
 #include "chunk_scan_backward_pairs_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
@@ -128,7 +129,10 @@ struct TokenGroup : TokenPairs<T, kN> {
     tile::load_transposed<4>(a, this->dCB_panel(kLater), me);
     const T* B = s.B + (kHalf < 64 ? side * kHalf : side * kBlock * tile::kPanelColumns);
     add_product<T, kHalf>(dC, tile::MnMajor<kBlock>{B}, a);
-    this->store(this->slice(args.dC_later, kBlock, 0) + side * kHalf, dC);
+    if (args.single_slice())
+      Meeting<T, kN>{*this}.template come<1>(side, dC);
+    else
+      this->store(this->slice(args.dC_later, kBlock, 0) + side * kHalf, dC);
   }
 
   // ---- before and after all heads ----

@@ -323,18 +323,20 @@ struct ScanConsumer {
       *reinterpret_cast<float2*>(rows + me.row((e >> 1) & 1) * kN + me.column(e / 4)) =
           float2{d[e], d[e + 1]};
   }
-  // The block's own tokens of a (b, l, g, n) output, rounded. The chunk is looked up anew: kept, it
-  // would cost registers.
-  MAMBA2_DEVICE void round(const StridedOut& out, const float (&d)[kN / 2]) const {
+  // The tokens of a block and columns from `column` on of a (b, l, g, n) output, rounded. The chunk
+  // is looked up anew: kept, it would cost registers.
+  template <int kElements>
+  MAMBA2_DEVICE void round(const StridedOut& out, int block, int column, const float* d) const {
     const Chunk chunk = args.chunking.at(task.i_chunk);
-    const int first = task.block * kBlock;
+    const tile::Lane lane(ptx::anew(threadIdx.x));  // likewise
+    const int first = block * kBlock;
     MAMBA2_NO_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int row = first + tile::Lane(threadIdx.x).row(half);
+      const int row = first + lane.row(half);
       T* to = static_cast<T*>(out.ptr) + chunk.row * out.b + (chunk.token + row) * out.l +
-              task.group * out.h + tile::Lane(threadIdx.x).column(0);
+              task.group * out.h + column + lane.column(0);
       MAMBA2_UNROLL
-      for (int k = 0; k < kN / 8; ++k) {
+      for (int k = 0; k < kElements / 4; ++k) {
         const uint32_t pair =
             half ? pack2<T>(d[4 * k + 2], d[4 * k + 3]) : pack2<T>(d[4 * k], d[4 * k + 1]);
         if (row < chunk.count) *reinterpret_cast<uint32_t*>(to + 8 * k) = pair;

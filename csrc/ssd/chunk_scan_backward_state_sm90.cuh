@@ -6,7 +6,7 @@
 //
 // and, after the last head, what dCB adds to dB and dC.
 #pragma once
-#include "chunk_scan_backward_sm90.cuh"
+#include "chunk_scan_backward_meeting_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 
@@ -180,15 +180,16 @@ struct StateSide : ScanConsumer<T, kN> {
       tile::load_fragments<4>(a, this->dCB_panel(kLater) + to_folded<Shape>(me), me);
       add_product<T, kN>(dB, tile::MnMajor<kBlock>{later_C}, a);
     }
-    if (args.single_slice())
-      this->round(args.dB, dB);
-    else
+    if (!args.single_slice()) {
       this->store(this->slice(args.dB_slices, kBackwardQ, task.block * kBlock), dB);
-    const int first = task.block * kBlock - args.dC_first();
-    if (first < 0)
-      this->round(args.dC, dC);
+      this->store(this->slice(args.dC_slices, kBackwardQ, task.block * kBlock), dC);
+      return;
+    }
+    this->template round<kN / 2>(args.dB, task.block, 0, dB);
+    if (task.block == 0)
+      this->template round<kN / 2>(args.dC, 0, 0, dC);
     else
-      this->store(this->slice(args.dC_slices, kBackwardQ - args.dC_first(), first), dC);
+      Meeting<T, kN>{*this}.template come<2>(0, dC);
   }
 };
 

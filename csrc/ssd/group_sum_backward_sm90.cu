@@ -1,6 +1,6 @@
 // group_sum (sm_90a backward): dB and dC of a chunk, added up over the slices of the group's heads
-// in their order and rounded (of a single slice, only dC of the later block is left to add); dD of
-// a chunk, added up over its blocks of tokens.
+// in their order and rounded (of a single slice there is nothing to add); dD of a chunk, added up
+// over its blocks of tokens.
 //
 // grid: (chunks, pieces of the groups' tokens and one more for dD). Pieces are as many as the card
 // holds at once, so that what comes next begins early, and each has all its loads on their way.
@@ -11,13 +11,14 @@
 namespace mamba2::ssd::sm90 {
 namespace {
 
-constexpr int kThreads = 256, kLoadsAtOnce = 4, kSlicesAtOnce = 2;
+constexpr int kThreads = 256, kSlicesAtOnce = 2;
 constexpr int kLeastTokens = 8, kBlocksPerSm = 4;
 
 // How the tokens of a group are cut.
 struct Pieces {
   Divisor count;
   int tokens;  // of each
+  int all;     // of all groups; none of a single slice
 };
 
 MAMBA2_DEVICE float4 load(const float* from) { return *reinterpret_cast<const float4*>(from); }
@@ -60,30 +61,6 @@ MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk, int 
     }
     store<T>(args.dB, chunk, row, group, column, dB);
     store<T>(args.dC, chunk, row, group, column, dC);
-  }
-}
-// Of the only slice: dC of the later block's tokens.
-template <class T>
-MAMBA2_DEVICE void sum_single_slice(const BackwardArgs& args, const Chunk& chunk, int group,
-                                    int first, int tokens) {
-  const int n = args.n, apart = kThreads * 4 / n, end = min(chunk.count, first + tokens);
-  const int64_t here = (int64_t(blockIdx.x) * args.g + group) * kBlock - kBlock;
-  const int column = threadIdx.x * 4 % n;
-  MAMBA2_NO_UNROLL
-  for (int row = first + threadIdx.x * 4 / n; row < end; row += apart * kLoadsAtOnce) {
-    float4 sum[kLoadsAtOnce], later[kLoadsAtOnce];
-    MAMBA2_UNROLL
-    for (int k = 0; k < kLoadsAtOnce; ++k) {
-      if (row + k * apart >= end) continue;
-      sum[k] = load(args.dC_slices + (here + row + k * apart) * n + column);
-      later[k] = load(args.dC_later + (here + row + k * apart) * n + column);
-    }
-    MAMBA2_UNROLL
-    for (int k = 0; k < kLoadsAtOnce; ++k) {
-      if (row + k * apart >= end) continue;
-      add(sum[k], later[k]);
-      store<T>(args.dC, chunk, row + k * apart, group, column, sum[k]);
-    }
   }
 }
 
@@ -129,10 +106,8 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
   // both is complete.
   if (!args.last_pass) ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  if (group == args.g) {
+  if (int(blockIdx.y) == pieces.all) {
     args.D_per_channel ? sum_dD_channels(args, exists) : sum_dD_heads(args, exists);
-  } else if (exists && args.single_slice()) {
-    sum_single_slice<T>(args, chunk, group, kBlock + piece * pieces.tokens, pieces.tokens);
   } else if (exists) {
     sum_slices<T>(args, chunk, group, piece * pieces.tokens, pieces.tokens);
   }
@@ -143,13 +118,12 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
 
 int group_sum(const BackwardArgs& args, DType dtype, void* stream) {
   const Range range("group_sum");
-  const int tokens = kBackwardQ - args.dC_first();
   int count = 1;
-  while (tokens / count > kLeastTokens &&
+  while (kBackwardQ / count > kLeastTokens &&
          int64_t(args.chunks) * (2 * args.g * count + 1) <= kBlocksPerSm * args.sm_count)
     count *= 2;
-  const Pieces pieces{Divisor(count), tokens / count};
-  const LaunchShape at{dim3(args.chunks, args.g * count + (args.dD != nullptr)), kThreads, 0, true};
+  const Pieces pieces{Divisor(count), kBackwardQ / count, args.single_slice() ? 0 : args.g * count};
+  const LaunchShape at{dim3(args.chunks, pieces.all + (args.dD != nullptr)), kThreads, 0, true};
   return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args, pieces)
                               : launch(group_sum_kernel<f16>, at, stream, args, pieces);
 }

@@ -34,6 +34,7 @@ constexpr int kBlock = 64;          // tokens a block: M of one wgmma, a box of 
 constexpr int kHeadDim = 64;        // p of these kernels' heads
 constexpr int kDRun = 8;            // tokens whose dy . x are added up first
 constexpr int kDParts = kBlock / kDRun;
+constexpr int kTurns = 8;  // in which dC of 64 tokens and a group is completed: 4 warps, 2 halves
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct BackwardArgs {
@@ -79,16 +80,16 @@ struct BackwardArgs {
   float* through;     // (chunks, h)        K
   float* dD_blocks;   // (chunks, 2, h, 64)  by channel, or (chunks, 2, h, 8) parts
   float* dB_slices;   // (slices, chunks, g, q, n); none when there is one slice
-  float* dC_slices;   // (slices, chunks, g, q - dC_first, n)
-  float* dC_later;    // (slices, chunks, g, 64, n): the later block's, from the earlier
+  float* dC_slices;   // likewise
+  float* dC_later;  // (slices, chunks, g, 64, n): the later block's, from the earlier; of a single
+                    // slice, the part of either that came first, in fragments
+  int* dC_turns;    // (chunks, g, 4, 2)  of a single slice: how many parts have come
   StridedOut dB, dC;  // (b, l, g, n)       T
   float* dD;          // (chunks, tensor_h) or (chunks, tensor_h, p), optional
 
   MAMBA2_HD int heads_per_group() const { return h / g; }
-  // Of a single slice, dB is complete where it is made, and so is dC of the earlier block.
+  // chunk_scan_backward then rounds and stores dB and dC itself.
   MAMBA2_HD bool single_slice() const { return slices == 1; }
-  // The first token of a chunk whose dC group_sum adds up.
-  MAMBA2_HD int dC_first() const { return single_slice() ? kBlock : 0; }
   MAMBA2_HD int dD_parts() const { return D_per_channel ? kHeadDim : kDParts; }
   MAMBA2_HD int64_t head_at(int64_t chunk, int head) const { return chunk * h + head; }
   // The head of the tensors that one of these heads is of, its first channel there, how many

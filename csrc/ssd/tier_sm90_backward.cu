@@ -54,7 +54,7 @@ int unpaired_chunks(const Shape& shape, int slices, int sms) {
 struct Memory {
   void *chunk_table, *delta_backward, *d_y;
   float *delta, *a_cumsum_log2, *dD;
-  int64_t counts;  // of progress, of all passes
+  int64_t turns, counts;  // turns of a pass; progress and turns of all passes
   Memory(const Problem& problem, BackwardArgs* args, Workspace& memory) {
     const Shape& shape = problem.shape;
     const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
@@ -80,12 +80,15 @@ struct Memory {
     args->through = memory.take_array<float>(passes * heads);
     if (passes > 1) args->dx_sum = memory.take_array<float>(heads * kBackwardQ * kHeadDim);
     args->D_rows = memory.take_array<float>(int64_t(shape.h) * splits_of(shape) * kHeadDim);
-    counts = 2 * passes * shape.nseq * shape.h * splits_of(shape);
+    const int64_t progress = 2 * passes * shape.nseq * shape.h * splits_of(shape);
+    turns = args->single_slice() ? chunks * shape.g * kTurns : 0;
+    counts = progress + passes * turns;
     args->progress = memory.take_array<int>(counts);
+    args->dC_turns = args->progress ? args->progress + progress : nullptr;
     args->dD_blocks = memory.take_array<float>(heads * 2 * args->dD_parts());
     dD = memory.take_array<float>(heads * dD_width);
     args->dB_slices = memory.take_array<float>(args->single_slice() ? 0 : groups * kBackwardQ);
-    args->dC_slices = memory.take_array<float>(groups * (kBackwardQ - args->dC_first()));
+    args->dC_slices = memory.take_array<float>(args->single_slice() ? 0 : groups * kBackwardQ);
     args->dC_later = memory.take_array<float>(groups * kBlock);
     // With z all passes' S at once, for the gate wants them so.
     args->states = memory.take(problem.save_states ? 0 : images * (problem.has_z ? passes : 1));
@@ -160,7 +163,8 @@ Pointer from_column(Pointer of, int first, std::size_t size) {
 }
 
 // What one pass over columns of the state is given.
-int set_pass(const BackwardParams& params, int pass, bool states_of_all, BackwardArgs* args) {
+int set_pass(const BackwardParams& params, int pass, bool states_of_all, int64_t turns,
+             BackwardArgs* args) {
   const Inputs& in = params.in;
   const std::size_t size = size_of(in.dtype);
   const int first = pass * args->n;
@@ -170,6 +174,7 @@ int set_pass(const BackwardParams& params, int pass, bool states_of_all, Backwar
   args->later_rows += pass * heads * args->later_apart;
   args->through += pass * heads;
   if (args->progress) args->progress += pass * 2 * int64_t(args->rows) * args->h;
+  if (args->dC_turns) args->dC_turns += pass * turns;
   if (states_of_all) args->states = from_column(args->states, first, heads * kHeadDim * size);
   args->initial_states.ptr =
       from_column(args->initial_states.ptr, first, size_of(args->initial_states.dtype));
@@ -247,17 +252,17 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
     return error;
   }
   const Sweeps sweeps = sizes.has_z || sizes.save_states ? Sweeps::gradients : Sweeps::both;
-  ZeroCounts progress{args.progress, memory.counts};
+  const ZeroCounts counts{args.progress, memory.counts};
   const Beside beside = beside_sweeps(args, sweeps);
   args.from_middle = beside == Beside::from_middle;
-  if (beside == Beside::none) args.progress = nullptr, progress = {};
+  if (beside == Beside::none) args.progress = nullptr;
   const int count = passes_of(shape);
   BackwardArgs passes[kMostPasses] = {args, args};
   for (int i = 0; i < count; ++i) {
-    if (const int error = set_pass(params, i, sizes.has_z, passes + i)) return error;
+    if (const int error = set_pass(params, i, sizes.has_z, memory.turns, passes + i)) return error;
   }
   if (const int error = chunk_cumsum(in, args.chunking, memory.delta, memory.a_cumsum_log2, stream,
-                                     nullptr, args.a_run_log2, progress)) {
+                                     nullptr, args.a_run_log2, counts)) {
     return error;
   }
   if (sizes.has_z) {
