@@ -38,12 +38,19 @@ struct Meeting {
       d[k] += v.x, d[k + 1] += v.y, d[k + 2] += v.z, d[k + 3] += v.w;
     }
   }
-  // With this warp's part of kHalves halves of the columns, from first_half on.
+  // A lane has the turn of a half.
+  MAMBA2_DEVICE int* turn(int first_half) const {
+    return me.args.dC_turns + place(first_half) + ptx::laneid();
+  }
+  // Asks whether this warp comes first, with kHalves halves of the columns from first_half on. Soon
+  // it has to come; what it does before hides how long the answer takes.
   template <int kHalves>
-  MAMBA2_DEVICE void come(int first_half, float (&d)[kHalves * kHalf]) const {
-    const int lane = ptx::laneid();
-    int* turn = me.args.dC_turns + place(first_half) + lane;  // of a half, a lane's
-    const int before = lane < kHalves ? ptx::atom_add_relaxed_gpu(turn, 1) : 0;
+  MAMBA2_DEVICE int announce(int first_half) const {
+    return ptx::laneid() < kHalves ? ptx::atom_add_relaxed_gpu(turn(first_half), 1) : 0;
+  }
+  // With this warp's part, `before` being the answer.
+  template <int kHalves>
+  MAMBA2_DEVICE void come(int first_half, float (&d)[kHalves * kHalf], int before) const {
     bool first[kHalves];
     MAMBA2_UNROLL
     for (int i = 0; i < kHalves; ++i) {
@@ -51,7 +58,7 @@ struct Meeting {
       if (first[i]) leave(first_half + i, d + i * kHalf);
     }
     __syncwarp();
-    if (lane < kHalves && before == 0) tile::publish(turn, kLeft);
+    if (ptx::laneid() < kHalves && before == 0) tile::publish(turn(first_half), kLeft);
     MAMBA2_UNROLL
     for (int i = 0; i < kHalves; ++i) {
       if (first[i]) continue;

@@ -154,6 +154,9 @@ struct StateSide : ScanConsumer<T, kN> {
     }
     this->meet(&s.tokens_done);
     this->meet(&s.dCB_full);
+    const Meeting<T, kN> earlier{*this};
+    const bool meets = args.single_slice() && task.block == 1;
+    const int before = meets ? earlier.template announce<2>(0) : 0;
     uint32_t a[16];
     if constexpr (Shape::kRestOfdCB) {
       uint32_t rest[16];
@@ -189,7 +192,7 @@ struct StateSide : ScanConsumer<T, kN> {
     if (task.block == 0)
       this->template round<kN / 2>(args.dC, 0, 0, dC);
     else
-      Meeting<T, kN>{*this}.template come<2>(0, dC);
+      earlier.template come<2>(0, dC, before);
   }
 };
 
