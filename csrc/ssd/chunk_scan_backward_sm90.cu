@@ -10,9 +10,10 @@
 // grid: chunks, groups, slices of a group's heads, and 2 blocks of 64 tokens. A block of threads
 //   owns 64 tokens, loops over its heads and keeps dB, dC and dCB, summed over heads, in registers.
 //   Its tokens are the j of all pairs (i, j): the earlier block also does the pairs with the later
-//   one, and what they give to the later tokens goes to dC_later and later_rows. Earlier blocks
-//   take longer: they begin first, so that the card ends with short ones. But of many chunks, only
-//   the last do so: the others have their blocks side by side, and one finds S and G in the L2.
+//   one. What they give to the later tokens' R goes to later_rows, to their dC to dC_later, where
+//   group_sum finds it or, of a single slice, the chunk's two blocks meet. Earlier blocks take
+//   longer: they begin first, so that the card ends with short ones. But of many chunks, only the
+//   last do so: the others have their blocks side by side, and one finds S and G in the L2.
 //   Where all sweeps are on the card at once, a block waits for the states of its own chunk, head
 //   by head, while they still run; of long sequences it then begins in the middle (from_middle).
 // Warpgroups: the state side (products with S and G: dC, dB, E, dD); two token sides (products of

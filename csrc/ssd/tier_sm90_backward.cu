@@ -69,8 +69,9 @@ struct Memory {
     a_cumsum_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
     args->a_run_log2 = memory.take_array<float>(tensor_heads * kBackwardQ);
     args->rows_out = memory.take_array<float>(passes * heads * kBackwardQ);
-    // Of the sums of the earlier half of a chunk its earlier block is the only reader, and has read
-    // a head's before it leaves later_rows in their place. Where each head is read once.
+    // The earlier half of a chunk's a_run_log2 is read by its earlier block alone, which has a
+    // head's in shared memory before it leaves that head's later_rows. So these can lie there,
+    // unless another pass or another of these kernels' heads is to read them as well.
     const bool in_a_run = passes * splits_of(shape) == 1;
     args->later_apart = in_a_run ? kBackwardQ : kBlock;
     args->later_rows =
