@@ -73,6 +73,14 @@ MAMBA2_DEVICE int atom_add_relaxed_gpu(int* p, int v) {
                : "memory");
   return old;
 }
+MAMBA2_DEVICE int atom_add_acquire_gpu(int* p, int v) {
+  int old;
+  asm volatile("atom.add.acquire.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(p), "r"(v)
+               : "memory");
+  return old;
+}
 // Global data that this grid wrote through another SM: read at L2, never from a stale L1 line.
 MAMBA2_DEVICE float4 ld_cg_v4(const float* p) {
   float4 v;

@@ -191,6 +191,7 @@ inline int atom_add_relaxed_gpu(int* p, int v) {
   emulation::progress();
   return old;
 }
+inline int atom_add_acquire_gpu(int* p, int v) { return atom_add_relaxed_gpu(p, v); }
 inline float4 ld_cg_v4(const float* p) {
   emulation::require_aligned(p, 16, "ld_cg_v4");
   return *reinterpret_cast<const float4*>(p);

@@ -156,7 +156,7 @@ struct FinishingSide {
       const ResultSlot<kN> slot(i);
       HeadResults& results = s.results[slot.stage];
       const int head = task.first_head + i;
-      const int64_t index = args.head_at(task.i_chunk, head);
+      const int64_t index = task.at(args, head);
       if (task.block == 0) {
         const StateSlot<kN> state(i);
         ptx::mbarrier_wait(&s.states_ring.full[state.stage], state.phase);

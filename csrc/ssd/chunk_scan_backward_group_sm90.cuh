@@ -128,11 +128,11 @@ struct TokenGroup : TokenPairs<T, kN> {
     uint32_t a[16];
     tile::load_transposed<4>(a, this->dCB_panel(kLater), me);
     const T* B = s.B + (kHalf < 64 ? side * kHalf : side * kBlock * tile::kPanelColumns);
-    const Meeting<T, kN> later{*this};
-    const int before = args.single_slice() ? later.template announce<1>(side) : 0;
+    Meeting<T, kN, 1> meeting(*this, side, args.single_slice());
+    meeting.look();
     add_product<T, kHalf>(dC, tile::MnMajor<kBlock>{B}, a);
     if (args.single_slice())
-      later.template come<1>(side, dC, before);
+      meeting.come(dC);
     else
       this->store(this->slice(args.dC_later, kBlock, 0) + side * kHalf, dC);
   }

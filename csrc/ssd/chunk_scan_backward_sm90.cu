@@ -85,8 +85,8 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   HeadPlace place(args, task.first_head);
   for (int i = 0; i < task.heads; ++i, place.advance(args)) {
     const int head = task.first_head + i;
-    const int64_t index = args.head_at(task.i_chunk, head);
-    const int64_t scalars = (int64_t(task.i_chunk) * args.tensor_h + place.head) * kBackwardQ;
+    const int64_t index = task.at(args, head);
+    const int64_t scalars = int64_t(task.i_chunk * args.tensor_h + place.head) * kBackwardQ;
 
     // Looked up for each head: kept, it would cost registers. The consumers are at earlier heads.
     if (args.progress) SweepsBefore(args, task).wait(i);

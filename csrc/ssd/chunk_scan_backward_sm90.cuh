@@ -196,6 +196,8 @@ struct ScanTask {
     return blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1 &&
            blockIdx.z == gridDim.z - 1;
   }
+  // Where arrays of all chunks have a head. They are so few that 32 bits count them.
+  MAMBA2_DEVICE int at(const BackwardArgs& args, int head) const { return i_chunk * args.h + head; }
   MAMBA2_DEVICE int own() const { return own_of(chunk.count); }
   MAMBA2_DEVICE int own_of(int count) const { return max(0, min(kBlock, count - block * kBlock)); }
   // Rows of tiles beyond this belong to a neighbour. Read anew: kept, it would cost registers.

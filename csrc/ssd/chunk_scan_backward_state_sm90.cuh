@@ -136,6 +136,46 @@ struct StateSide : ScanConsumer<T, kN> {
     ptx::wgmma_fence_operand(dB);
   }
 
+  // What dCB gives to dB, and all of it to memory.
+  MAMBA2_DEVICE void finish_dB() {
+    uint32_t a[16];
+    tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
+    if constexpr (Shape::kRestOfdCB) {
+      uint32_t rest[16];
+      tile::load_fragments<4>(rest, this->dCB_rest() + to_folded<Shape>(me), me);
+      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a, rest);
+    } else {
+      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a);
+    }
+    if (task.block == 0) {
+      this->wait_states(task.heads);
+      T* later_C = s.later_C_again(task.heads);
+      if (const int valid = task.valid(args); valid < kBackwardQ) {
+        clear_rows<kN>(later_C, max(0, valid - kBlock), thread, tile::kWarpgroup);
+        ptx::fence_proxy_async_shared();
+        ptx::bar_sync(kStateSideBarrier, tile::kWarpgroup);
+      }
+      tile::load_fragments<4>(a, this->dCB_panel(kLater) + to_folded<Shape>(me), me);
+      add_product<T, kN>(dB, tile::MnMajor<kBlock>{later_C}, a);
+    }
+    if (args.single_slice())
+      this->template round<kN / 2>(args.dB, task.block, 0, dB);
+    else
+      this->store(this->slice(args.dB_slices, kBackwardQ, task.block * kBlock), dB);
+  }
+  // What dCB gives to dC.
+  MAMBA2_DEVICE void finish_dC() {
+    uint32_t a[16];
+    tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
+    if constexpr (Shape::kRestOfdCB) {
+      uint32_t rest[16];
+      tile::load_transposed<4>(rest, this->dCB_rest(), me);
+      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a, rest);
+    } else {
+      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a);
+    }
+  }
+
   MAMBA2_DEVICE void run() {
     MAMBA2_UNROLL
     for (int e = 0; e < kN / 2; ++e) dC[e] = dB[e] = 0;
@@ -153,46 +193,17 @@ struct StateSide : ScanConsumer<T, kN> {
       arrive_warp(&s.tokens_ring.empty[TokenSlot<kN>(i).stage], me.lane);
     }
     this->meet(&s.tokens_done);
+    Meeting<T, kN, 2> meeting(*this, 0, args.single_slice() && task.block == 1);
     this->meet(&s.dCB_full);
-    const Meeting<T, kN> earlier{*this};
-    const bool meets = args.single_slice() && task.block == 1;
-    const int before = meets ? earlier.template announce<2>(0) : 0;
-    uint32_t a[16];
-    if constexpr (Shape::kRestOfdCB) {
-      uint32_t rest[16];
-      tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
-      tile::load_transposed<4>(rest, this->dCB_rest(), me);
-      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a, rest);
-      tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
-      tile::load_fragments<4>(rest, this->dCB_rest() + to_folded<Shape>(me), me);
-      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a, rest);
-    } else {
-      tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
-      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a);
-      tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
-      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a);
-    }
-    if (task.block == 0) {
-      this->wait_states(task.heads);
-      T* later_C = s.later_C_again(task.heads);
-      if (const int valid = task.valid(args); valid < kBackwardQ) {
-        clear_rows<kN>(later_C, max(0, valid - kBlock), thread, tile::kWarpgroup);
-        ptx::fence_proxy_async_shared();
-        ptx::bar_sync(kStateSideBarrier, tile::kWarpgroup);
-      }
-      tile::load_fragments<4>(a, this->dCB_panel(kLater) + to_folded<Shape>(me), me);
-      add_product<T, kN>(dB, tile::MnMajor<kBlock>{later_C}, a);
-    }
-    if (!args.single_slice()) {
-      this->store(this->slice(args.dB_slices, kBackwardQ, task.block * kBlock), dB);
+    finish_dB();
+    meeting.look();
+    finish_dC();
+    if (!args.single_slice())
       this->store(this->slice(args.dC_slices, kBackwardQ, task.block * kBlock), dC);
-      return;
-    }
-    this->template round<kN / 2>(args.dB, task.block, 0, dB);
-    if (task.block == 0)
+    else if (task.block == 0)
       this->template round<kN / 2>(args.dC, 0, 0, dC);
     else
-      earlier.template come<2>(0, dC, before);
+      meeting.come(dC);
   }
 };
 
