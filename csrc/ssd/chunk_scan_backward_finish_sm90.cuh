@@ -134,8 +134,8 @@ struct FinishingSide {
     const float (&dD)[4][kHeadDim] = results.dD;
     if (task.block == 0)
       args.later_rows[index * args.later_apart + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
-    const int64_t block = int64_t(task.i_chunk) * 2 + task.block;
-    float* out = args.dD_blocks + (block * args.h + head) * args.dD_parts();
+    const int block = task.i_chunk * 2 + task.block;
+    float* out = args.dD_blocks + int64_t(block * args.h + head) * args.dD_parts();
     if (args.D_per_channel) {
       out[i] = dD[0][i] + dD[1][i] + dD[2][i] + dD[3][i];
       return;
