@@ -138,11 +138,11 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
   if (task.chunk.i_seq < 0) return ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) {
     const int loaders = task.ragged(args) ? 32 * kFinishWarps : 1;
-    s.tokens_ring.init(loaders, Shape::kHeadWarps);
-    s.states_ring.init(1, Shape::kHeadWarps + (task.block == 0 ? kFinishWarps : 0));
-    s.results_ring.init(32 * Shape::kHeadWarps + (task.block == 0 ? kFinishWarps : 0),
-                        kFinishWarps);
-    for (ptx::Mbarrier& b : s.dx_empty) ptx::mbarrier_init(&b, kFinishWarps);
+    s.tokens_ring.init(loaders, kWarpArrivals * Shape::kHeadWarps);
+    const int earlier_finish = task.block == 0 ? kFinishWarps : 0;
+    s.states_ring.init(1, kWarpArrivals * (Shape::kHeadWarps + earlier_finish));
+    s.results_ring.init(32 * Shape::kHeadWarps + earlier_finish, kWarpArrivals * kFinishWarps);
+    for (ptx::Mbarrier& b : s.dx_empty) ptx::mbarrier_init(&b, kWarpArrivals * kFinishWarps);
     ptx::mbarrier_init(&s.group_full, loaders);
     ptx::mbarrier_init(&s.group_loaded, 1);
     for (ptx::Mbarrier& b : s.tokens_loaded) ptx::mbarrier_init(&b, 1);

@@ -327,7 +327,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(threads_of(kHeads), 1)
   auto& s = *static_cast<SweepSmem<T, kN, kHeads>*>(ptx::dynamic_smem());
   constexpr int kConsumerThreads = consumer_threads(kHeads);
   if (threadIdx.x == 0) {
-    s.ring.init(1, kConsumerThreads / 32);
+    s.ring.init(1, kWarpArrivals * (kConsumerThreads / 32));
     ptx::mbarrier_init(&s.all_stored, kHeads);
     ptx::fence_mbarrier_init();
   }
