@@ -221,9 +221,10 @@ struct alignas(1024) Weights {
   TokenValues input_weight[kUnits];  // 2^(a_q - a_j) delta_j
 };
 
-// What the scanners of one unit send to each other: (64 p, tokens of the other) of S C^T.
+// What the scanners of one unit send to each other, four floats at a time: (64 p, tokens of the
+// other) of S C^T.
 template <int kParts>
-struct Exchange {
+struct alignas(16) Exchange {
   float partial[kParts][kP * kQ / kParts];
   tile::Ring<1> ring[kParts];
 };
