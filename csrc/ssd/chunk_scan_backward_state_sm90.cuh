@@ -136,17 +136,25 @@ struct StateSide : ScanConsumer<T, kN> {
     ptx::wgmma_fence_operand(dB);
   }
 
-  // What dCB gives to dB, and all of it to memory.
-  MAMBA2_DEVICE void finish_dB() {
+  // d += dCB of the own block, as `load` has it, times B or C.
+  template <class Load>
+  MAMBA2_DEVICE void add_own_dCB(float (&d)[kN / 2], const T* tokens, const Load& load) {
     uint32_t a[16];
-    tile::load_fragments<4>(a, this->dCB_panel(kOwn) + to_folded<Shape>(me), me);
+    load(a, this->dCB_panel(kOwn));
     if constexpr (Shape::kRestOfdCB) {
       uint32_t rest[16];
-      tile::load_fragments<4>(rest, this->dCB_rest() + to_folded<Shape>(me), me);
-      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a, rest);
+      load(rest, this->dCB_rest());
+      add_product<T, kN>(d, tile::MnMajor<kBlock>{tokens}, a, rest);
     } else {
-      add_product<T, kN>(dB, tile::MnMajor<kBlock>{s.C}, a);
+      add_product<T, kN>(d, tile::MnMajor<kBlock>{tokens}, a);
     }
+  }
+  // What dCB gives to dB, and all of it to memory.
+  MAMBA2_DEVICE void finish_dB() {
+    const auto load = [&](uint32_t (&a)[16], const T* panel) {
+      tile::load_fragments<4>(a, panel + to_folded<Shape>(me), me);
+    };
+    add_own_dCB(dB, s.C, load);
     if (task.block == 0) {
       this->wait_states(task.heads);
       T* later_C = s.later_C_again(task.heads);
@@ -155,7 +163,8 @@ struct StateSide : ScanConsumer<T, kN> {
         ptx::fence_proxy_async_shared();
         ptx::bar_sync(kStateSideBarrier, tile::kWarpgroup);
       }
-      tile::load_fragments<4>(a, this->dCB_panel(kLater) + to_folded<Shape>(me), me);
+      uint32_t a[16];
+      load(a, this->dCB_panel(kLater));
       add_product<T, kN>(dB, tile::MnMajor<kBlock>{later_C}, a);
     }
     if (args.single_slice())
@@ -165,15 +174,8 @@ struct StateSide : ScanConsumer<T, kN> {
   }
   // What dCB gives to dC.
   MAMBA2_DEVICE void finish_dC() {
-    uint32_t a[16];
-    tile::load_transposed<4>(a, this->dCB_panel(kOwn), me);
-    if constexpr (Shape::kRestOfdCB) {
-      uint32_t rest[16];
-      tile::load_transposed<4>(rest, this->dCB_rest(), me);
-      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a, rest);
-    } else {
-      add_product<T, kN>(dC, tile::MnMajor<kBlock>{s.B}, a);
-    }
+    add_own_dCB(dC, s.B,
+                [&](uint32_t (&a)[16], const T* panel) { tile::load_transposed<4>(a, panel, me); });
   }
 
   MAMBA2_DEVICE void run() {

@@ -98,9 +98,6 @@ struct BackwardArgs {
   MAMBA2_HD int channel(int head) const { return head % splits * kHeadDim; }
   MAMBA2_HD int channels(int head) const { return p - channel(head); }
   MAMBA2_HD bool completes_dx() const { return !dx_sum || last_pass; }
-  MAMBA2_HD int64_t delta_at(int64_t chunk, int head) const {
-    return chunk * tensor_h + tensor_head(head);
-  }
   MAMBA2_HD int* progress_of(bool reverse, int i_seq, int head) const {
     return progress + head_at(reverse ? rows + i_seq : i_seq, head);
   }

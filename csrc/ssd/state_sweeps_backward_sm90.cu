@@ -160,6 +160,18 @@ struct Consumer {
         rest[r] = weigh_pair_rest<T>(v[r], weight[r / 2], weighed[r]);
     }
   };
+  // The product of as many steps' second words as are planned, behind that of the first words; and
+  // the end of both.
+  template <class MultiplyRests>
+  MAMBA2_DEVICE void finish_block(int planned, const MultiplyRests& multiply_rests) {
+    const int seconds = tile::uniform(planned);
+    if (seconds == 1)
+      multiply_rests(std::integral_constant<int, 1>{});
+    else if (seconds == 2)
+      multiply_rests(std::integral_constant<int, kMostSeconds>{});
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(state);
+  }
   // state = decay state + tokens^T diag(weight) operand, over one block of 64 tokens, a step of the
   // product after another, from the nearest to the chunk's other end on. What second words want is
   // done while the product of the first ones runs, where there are registers for it.
@@ -204,13 +216,7 @@ struct Consumer {
       for (int k = 0; k < count(); ++k) multiply(k, rest);
       ptx::wgmma_commit_group();
     };
-    const int seconds = tile::uniform(planned);
-    if (seconds == 1)
-      multiply_rests(std::integral_constant<int, 1>{});
-    else if (seconds == 2)
-      multiply_rests(std::integral_constant<int, kMostSeconds>{});
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_fence_operand(state);
+    finish_block(planned, multiply_rests);
   }
 
   // The same, tokens weighed and second words found a step at a time while the product of the steps
@@ -251,19 +257,13 @@ struct Consumer {
       if (step + 1 < kSteps) weigh(step + 1);
     }
     ptx::wgmma_commit_group();
-    const auto multiply_rests = [&](auto both) {
+    const auto multiply_rests = [&](auto count) {
       ptx::wgmma_fence();
       multiply(rest + 4 * kNearest, kFirstNear + kNearest);
-      if (both()) multiply(rest + 4 - 4 * kNearest, kFirstNear + 1 - kNearest);
+      if (count() > 1) multiply(rest + 4 - 4 * kNearest, kFirstNear + 1 - kNearest);
       ptx::wgmma_commit_group();
     };
-    const int seconds = tile::uniform(planned);
-    if (seconds == 1)
-      multiply_rests(std::false_type{});
-    else if (seconds == 2)
-      multiply_rests(std::true_type{});
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_fence_operand(state);
+    finish_block(planned, multiply_rests);
   }
 
   // Rows that belong to the next sequence become zero.

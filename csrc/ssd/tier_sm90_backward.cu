@@ -54,7 +54,7 @@ int unpaired_chunks(const Shape& shape, int slices, int sms) {
 struct Memory {
   void *chunk_table, *delta_backward, *d_y;
   float *delta, *a_cumsum_log2, *dD;
-  int64_t turns, counts;  // turns of a pass; progress and turns of all passes
+  int64_t progress, turns;  // counts of all passes, and of one
   Memory(const Problem& problem, BackwardArgs* args, Workspace& memory) {
     const Shape& shape = problem.shape;
     const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
@@ -81,10 +81,9 @@ struct Memory {
     args->through = memory.take_array<float>(passes * heads);
     if (passes > 1) args->dx_sum = memory.take_array<float>(heads * kBackwardQ * kHeadDim);
     args->D_rows = memory.take_array<float>(int64_t(shape.h) * splits_of(shape) * kHeadDim);
-    const int64_t progress = 2 * passes * shape.nseq * shape.h * splits_of(shape);
+    progress = 2 * passes * shape.nseq * shape.h * splits_of(shape);
     turns = args->single_slice() ? chunks * shape.g * kTurns : 0;
-    counts = progress + passes * turns;
-    args->progress = memory.take_array<int>(counts);
+    args->progress = memory.take_array<int>(progress + passes * turns);
     args->dC_turns = args->progress ? args->progress + progress : nullptr;
     args->dD_blocks = memory.take_array<float>(heads * 2 * args->dD_parts());
     dD = memory.take_array<float>(heads * dD_width);
@@ -253,11 +252,14 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
     return error;
   }
   const Sweeps sweeps = sizes.has_z || sizes.save_states ? Sweeps::gradients : Sweeps::both;
-  const ZeroCounts counts{args.progress, memory.counts};
+  const int count = passes_of(shape);
+  ZeroCounts counts{args.dC_turns, count * memory.turns};
   const Beside beside = beside_sweeps(args, sweeps);
   args.from_middle = beside == Beside::from_middle;
-  if (beside == Beside::none) args.progress = nullptr;
-  const int count = passes_of(shape);
+  if (beside == Beside::none)
+    args.progress = nullptr;
+  else
+    counts = {args.progress, memory.progress + counts.count};
   BackwardArgs passes[kMostPasses] = {args, args};
   for (int i = 0; i < count; ++i) {
     if (const int error = set_pass(params, i, sizes.has_z, memory.turns, passes + i)) return error;
