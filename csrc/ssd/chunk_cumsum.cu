@@ -8,9 +8,10 @@
 // two heads' tokens side by side, a run of them a lane. The sums are fp64, and what their rounding
 // to fp32 loses is an output of its own, for the backward: a token between two resets, or between
 // two tokens that forget all, takes part in the decay gradient with the decay of a pair
-// (docs/numerics.md). Or the sums are counted anew from the first of each run of 16 tokens, which
-// serves the same end where runs are what a kernel works on. As the first kernel of a call it can
-// make counts zero for later ones.
+// (docs/numerics.md). Or the sums are counted anew from the first of each run of 16 tokens, and
+// without resets, which serves the same end where runs are what a kernel works on: it leaves out
+// the pairs that a reset parts. (Kernels of their own do so: others pay nothing for resets.) As the
+// first kernel of a call it can make counts zero for later ones.
 // Shared memory: 16 heads x q floats and their padding. Bound by issuing, by the 12 h q bytes it
 // writes a chunk (31 MB at b 8, l 4096, h 80), which are whole sectors, and by latency when the
 // problem is small.
@@ -75,6 +76,30 @@ MAMBA2_DEVICE void store_values(float* out, Value&& value) {
   store_run(out, r);
 }
 
+// What resets take from the sums of a lane's tokens since the first of their 16, in all heads; or
+// nothing.
+template <int q, bool kAny>
+struct RunResets {
+  int count[kRun<q>];
+
+  MAMBA2_DEVICE RunResets(const StepInputs& in, const Chunk& chunk, int lane) {
+    const int first = lane * kRun<q>;
+    MAMBA2_UNROLL for (int k = 0; k < kRun<q>; ++k) {
+      const bool reset = first + k < chunk.count && resets(in, chunk.row, chunk.token + first + k);
+      count[k] = reset + (k > 0 ? count[k - 1] : 0);
+    }
+    constexpr int kLanes = kDecayRun / kRun<q>;
+    const int all = count[kRun<q> - 1], before = inclusive_sum<kLanes>(all, lane % kLanes) - all;
+    MAMBA2_UNROLL for (int k = 0; k < kRun<q>; ++k) count[k] += before;
+  }
+  MAMBA2_DEVICE double without(int k, double sum) const { return sum - kMinDecayLog2 * count[k]; }
+};
+template <int q>
+struct RunResets<q, false> {
+  MAMBA2_DEVICE RunResets(const StepInputs&, const Chunk&, int) {}
+  MAMBA2_DEVICE double without(int, double sum) const { return sum; }
+};
+
 // A lane's tokens of one head.
 template <int q>
 struct Run {
@@ -100,20 +125,23 @@ struct Run {
     before = __shfl_up_sync(~0u, inclusive_sum(sum[kRun<q> - 1], lane), 1);
     if (lane == 0) before = 0;
   }
-  MAMBA2_DEVICE void store(const CumsumParams& params, int64_t out, double before_run) {
+  template <class Resets>
+  MAMBA2_DEVICE void store(const CumsumParams& params, int64_t out, double before_run,
+                           const Resets& resets) {
     MAMBA2_UNROLL for (int k = 0; k < kRun<q>; ++k) sum[k] += before;
     store_run(params.delta + out, delta);
     store_values<q>(params.a_cumsum_log2 + out, [&](int k) { return sum[k]; });
     if (params.a_run_log2)
-      store_values<q>(params.a_run_log2 + out, [&](int k) { return sum[k] - before_run; });
+      store_values<q>(params.a_run_log2 + out,
+                      [&](int k) { return resets.without(k, sum[k] - before_run); });
     if (params.a_rest_log2)
       store_values<q>(params.a_rest_log2 + out,
                       [&](int k) { return sum[k] - static_cast<float>(sum[k]); });
   }
 };
 
-template <int q>
-__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 128 ? 5 : 3)
+template <int q, bool kRunResets>
+__global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, (q == 128 ? 5 : 3) - kRunResets)
     chunk_cumsum_kernel(MAMBA2_GRID_CONSTANT const CumsumParams params) {
   ptx::griddepcontrol_launch_dependents();
   Tile<q>& s_delta = *static_cast<Tile<q>*>(ptx::dynamic_smem());
@@ -143,8 +171,9 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, q == 128 ? 5 : 3)
   const double before_next = __shfl_sync(~0u, next.before, lane / kRunLanes * kRunLanes);
   if (first_head + row >= params.h) return;
   const int64_t out = (static_cast<int64_t>(i_chunk) * params.h + i_h) * q + first;
-  run.store(params, out, before_run);
-  if (more) next.store(params, out + q, before_next);
+  const RunResets<q, kRunResets> resets(params.steps, chunk, lane);
+  run.store(params, out, before_run, resets);
+  if (more) next.store(params, out + q, before_next, resets);
 }
 
 template <int q>
@@ -154,7 +183,9 @@ int run(const CumsumParams& params, int64_t chunks, void* stream) {
   at.threads = kThreads;
   at.smem_bytes = sizeof(Tile<q>);
   at.tile.tokens = q;
-  return launch(chunk_cumsum_kernel<q>, at, stream, params);
+  if (params.a_run_log2 && params.steps.seq_idx)
+    return launch(chunk_cumsum_kernel<q, true>, at, stream, params);
+  return launch(chunk_cumsum_kernel<q, false>, at, stream, params);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN>
+template <class T, int kN, bool kResets>
 struct TokenGroup : TokenPairs<T, kN> {
   using Base = TokenPairs<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::side;
@@ -26,16 +26,29 @@ struct TokenGroup : TokenPairs<T, kN> {
         d, tile::KMajor<kBlock>{a}, tile::KMajor<kBlock, kSharers>{b + part() * kGroupRows}, false);
     ptx::wgmma_commit_group();
   }
+  // Pairs with tokens of a target that a reset parts are none: what all heads use of them, and have
+  // left of them, becomes 0. Their L stays what it would be without the reset (docs/numerics.md).
+  MAMBA2_DEVICE void cut_runs(Columns& d, int target) const {
+    if (!kResets) return;
+    MAMBA2_UNROLL
+    for (int e = 0; e < 4 * kGroups; ++e) {
+      const int i = me.column(group(e / 4)) + (e & 1);
+      const bool parted = s.run_first[target * kBlock + i] > own_row<Shape>(me, (e >> 1) & 1);
+      d[e] = parted ? 0 : d[e];
+    }
+  }
   // (C B^T)^T of the own tokens j and each block of tokens i: this side's columns of both.
   MAMBA2_DEVICE void multiply_BC() {
     multiply_columns<kN / 16>(BC, s.B, s.C);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(BC);
     this->cut_triangle(BC);
+    cut_runs(BC, kOwn);
     if (!earlier()) return;
     multiply_columns<kN / 16>(U, s.B, s.later_C());
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(U);
+    cut_runs(U, kLater);
     ptx::bar_sync(kTokenSidesBarrier, 2 * tile::kWarpgroup);  // all have read later_C
     leave_later_BC();
   }
@@ -51,6 +64,7 @@ struct TokenGroup : TokenPairs<T, kN> {
       multiply_columns<kN / 16>(U, s.B, side == 0 ? s.C : s.later_C());
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(U);
+      cut_runs(U, side == 0 ? kOwn : kLater);
     }
     ptx::bar_sync(kTokenSidesBarrier, 2 * tile::kWarpgroup);
     if (side == 0) {
@@ -82,6 +96,7 @@ struct TokenGroup : TokenPairs<T, kN> {
         d[e] = before ? 0 : d[e];
       }
     }
+    cut_runs(d, target);
     Fragment a;
     tile::round_to_fragments<T>(a, d);
     store_columns(this->dCB_panel(target), a);

@@ -20,7 +20,8 @@
 //   tokens, transposed: rows are j), which share out columns i and channels of each head, or, at
 //   n = 64, the heads: dx, dCB, R, Q, F; a warp that loads and three that finish: K, and dx and all
 //   sums to memory. C B^T is computed once, in fp32; dCB meets B and C once, after the last head,
-//   the own block's in two words (n = 64: in one).
+//   the own block's in two words (n = 64: in one). Pairs that a reset parts are cut out of both, by
+//   kernels of their own, so that problems without resets pay nothing for it.
 // Shared memory: 3 or 4 stages x (x, dy of two blocks) + 2 or 3 stages x (S, G) + B, C + C B^T of
 //   the later block + m of two exchanges, or C B^T of the own block + dx: 224 KB. Stages and
 //   registers: ScanShape.
@@ -127,7 +128,30 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
                      task.group, later, chunk.row, &s.states_ring.full[state.stage]);
 }
 
+// Where the run of each token begins. For one warp, which says so as who loads B and C does.
 template <class T, int kN>
+MAMBA2_DEVICE void find_runs(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
+                             const ScanTask& task) {
+  const int lane = threadIdx.x % 32, first = task.block * kBlock;
+  const int last = min(kBackwardQ, task.chunk.count);
+  bool reset[2 * kBlock / 32];
+  MAMBA2_UNROLL
+  for (int k = 0; k < 2 * kBlock / 32; ++k) {
+    const int token = first + 32 * k + lane;
+    reset[k] = token < last &&
+               resets(args.seq_idx, args.chunking.l, task.chunk.row, task.chunk.token + token);
+  }
+  int before = 0;
+  MAMBA2_UNROLL
+  for (int k = 0; k < 2 * kBlock / 32; ++k) {
+    const unsigned all = __ballot_sync(kAllLanes, reset[k]), up_to = all & ~0u >> (31 - lane);
+    s.run_first[32 * k + lane] = up_to ? 32 * k + 31 - __clz(up_to) : before;
+    if (all) before = 32 * k + 31 - __clz(all);
+  }
+  ptx::mbarrier_arrive(&s.group_full);
+}
+
+template <class T, int kN, bool kResets>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     chunk_scan_backward_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
 #if MAMBA2_SM90A
@@ -143,7 +167,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     s.states_ring.init(1, kWarpArrivals * (Shape::kHeadWarps + earlier_finish));
     s.results_ring.init(32 * Shape::kHeadWarps + earlier_finish, kWarpArrivals * kFinishWarps);
     for (ptx::Mbarrier& b : s.dx_empty) ptx::mbarrier_init(&b, kWarpArrivals * kFinishWarps);
-    ptx::mbarrier_init(&s.group_full, loaders);
+    ptx::mbarrier_init(&s.group_full, loaders + (kResets ? 32 : 0));
     ptx::mbarrier_init(&s.group_loaded, 1);
     for (ptx::Mbarrier& b : s.tokens_loaded) ptx::mbarrier_init(&b, 1);
     ptx::mbarrier_init(&s.tokens_done, kScanConsumers);
@@ -154,6 +178,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
   const int warp = tile::uniform(threadIdx.x / 32);
   if (warp >= kConsumerWarps) {
     ptx::setmaxnreg_dec<Shape::kOthers>();
+    if (kResets && warp == kConsumerWarps + 1) find_runs(args, s, task);
     if (warp > kConsumerWarps)
       FinishingSide<T, kN>{args, s, task, warp - kConsumerWarps - 1}.run();
     else if (ptx::elect_sync())
@@ -163,7 +188,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     StateSide<T, kN>(args, s, task).run();
   } else {
     ptx::setmaxnreg_inc<Shape::kTokens>();
-    TokenSide<T, kN>(args, s, task).run();
+    TokenSide<T, kN, kResets>(args, s, task).run();
   }
   // Blocks that wait for sweeps do not wait for all of their kernel; so one does, lest this kernel
   // be over before.
@@ -183,7 +208,8 @@ int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
     const LaunchShape at{dim3(along * args.chunks, args.g, 2 / along * args.slices), kScanThreads,
                          sizeof(Smem), true,
                          BlockTile{kBlock, kHeadDim, n(), ScanShape<n()>::kTokenStages}};
-    return launch(chunk_scan_backward_kernel<T, n()>, at, stream, args);
+    if (args.seq_idx) return launch(chunk_scan_backward_kernel<T, n(), true>, at, stream, args);
+    return launch(chunk_scan_backward_kernel<T, n(), false>, at, stream, args);
   });
 }
 

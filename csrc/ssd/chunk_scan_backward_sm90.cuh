@@ -144,6 +144,9 @@ struct alignas(1024) ChunkScanBackwardSmem {
   ptx::Mbarrier group_loaded, tokens_loaded[Shape::kTokenStages];
   ptx::Mbarrier dx_empty[Shape::kDxTiles];  // the finishing side has read one
   ptx::Mbarrier tokens_done, dCB_full;      // after the last head, where consumers meet
+  // With resets: of the own tokens and, in the earlier block, the later ones, the last token up to
+  // it at which the state resets, counted from the own block's first; 0 where there is none.
+  int run_first[2 * kBlock];
 
   // C of the later tokens: until C B^T takes its place, and again after the last head, in the ring
   // of states.

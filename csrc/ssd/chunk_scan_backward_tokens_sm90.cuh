@@ -17,9 +17,9 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN>
-struct TokenSide : TokenGroup<T, kN> {
-  using Base = TokenGroup<T, kN>;
+template <class T, int kN, bool kResets>
+struct TokenSide : TokenGroup<T, kN, kResets> {
+  using Base = TokenGroup<T, kN, kResets>;
   using Base::args, Base::me, Base::s, Base::task, Base::side;
   using Base::Base;
   using Base::earlier, Base::part, Base::thread_anew;
@@ -110,12 +110,19 @@ struct TokenSide : TokenGroup<T, kN> {
     }
     return rest;
   }
-  // G B_j becomes 2^(a_q - a_j) G B_j; its product with x_j is F_j / delta_j.
-  MAMBA2_DEVICE static void weigh_state(Gradient& GB, float (&F)[2], const ChannelFragment& x,
-                                        float rest, const Rows& rows) {
+  // G B_j becomes 2^(a_q - a_j) G B_j, 0 before the chunk's last reset; its product with x_j is
+  // F_j / delta_j.
+  MAMBA2_DEVICE void weigh_state(Gradient& GB, float (&F)[2], const ChannelFragment& x, float rest,
+                                 const Rows& rows) const {
     float to_state[2];
     MAMBA2_UNROLL
     for (int half = 0; half < 2; ++half) to_state[half] = ptx::ex2(rest - rows.a_log2[half]);
+    if (kResets) {
+      const int first = s.run_first[2 * kBlock - 1];
+      MAMBA2_UNROLL
+      for (int half = 0; half < 2; ++half)
+        if (own_row<Shape>(me, half) < first) to_state[half] = 0;
+    }
     MAMBA2_UNROLL
     for (int e = 0; e < kChannels / 2; ++e) GB[e] *= to_state[(e >> 1) & 1];
     MAMBA2_UNROLL

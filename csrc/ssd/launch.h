@@ -35,7 +35,8 @@ struct ZeroCounts {
 // q of `chunking` is 128 or 256. a_rest_log2 (chunks, h, q), optional: what a_cumsum_log2 loses
 // by being fp32, so that differences of both together are exact to fp32.
 // a_run_log2 (chunks, h, q), optional: the same sums, counted anew from the first token of each
-// kDecayRun.
+// kDecayRun, to which a token where seq_idx changes adds nothing: who uses them leaves out the
+// pairs that it parts.
 int chunk_cumsum(const Inputs& in, const Chunking& chunking, float* delta, float* a_cumsum_log2,
                  void* stream, float* a_rest_log2 = nullptr, float* a_run_log2 = nullptr,
                  const ZeroCounts& zeros = {});

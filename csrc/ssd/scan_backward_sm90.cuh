@@ -26,6 +26,7 @@
 #include "chunks.cuh"
 #include "fused_scan_keep_sm90.cuh"
 #include "params.h"
+#include "steps.cuh"
 
 namespace mamba2::ssd::sm90 {
 
@@ -55,7 +56,8 @@ struct BackwardArgs {
                                 // of the last group and slice only, unless all chunks
   const float* delta;           // (chunks, tensor_h, q)
   const float* a_cumsum_log2;   // (chunks, tensor_h, q)
-  float* a_run_log2;            // (chunks, tensor_h, q)  the same from the start of each 16 tokens
+  float* a_run_log2;            // (chunks, tensor_h, q)  the same from the start of each 16 tokens,
+                                // without resets
   AnyFloat D;                   // (tensor_h) or (tensor_h, p), optional
   bool D_per_channel;
   AnyFloat initial_states;      // (nseq, tensor_h, p, n), optional
@@ -84,8 +86,9 @@ struct BackwardArgs {
   float* dC_later;  // (slices, chunks, g, 64, n): the later block's, from the earlier; of a single
                     // slice, the part of either that came first, in fragments
   int* dC_turns;    // (chunks, g, 4, 2)  of a single slice: how many parts have come
-  StridedOut dB, dC;  // (b, l, g, n)       T
-  float* dD;          // (chunks, tensor_h) or (chunks, tensor_h, p), optional
+  StridedOut dB, dC;   // (b, l, g, n)       T
+  float* dD;           // (chunks, tensor_h) or (chunks, tensor_h, p), optional
+  const int* seq_idx;  // (b, l), optional
 
   MAMBA2_HD int heads_per_group() const { return h / g; }
   // chunk_scan_backward then rounds and stores dB and dC itself.

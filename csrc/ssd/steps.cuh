@@ -54,11 +54,15 @@ MAMBA2_DEVICE uint32_t load_bits_of(const AnyFloat& array, int i) {
   return load_bits(array.ptr, array.dtype, i);
 }
 
-// Whether the sequence of runs in seq_idx starts anew at this token of the row.
-MAMBA2_DEVICE bool resets(const StepInputs& in, int row, int token) {
-  if (in.seq_idx == nullptr || token == 0) return false;
-  const int* seq_idx = in.seq_idx + row * in.l + token;
+// Whether the sequence of runs in seq_idx (b, l), if there is one, starts anew at this token of the
+// row.
+MAMBA2_DEVICE bool resets(const int* seq_idx, int64_t l, int row, int token) {
+  if (seq_idx == nullptr || token == 0) return false;
+  seq_idx += row * l + token;
   return seq_idx[0] != seq_idx[-1];
+}
+MAMBA2_DEVICE bool resets(const StepInputs& in, int row, int token) {
+  return resets(in.seq_idx, in.l, row, token);
 }
 
 // delta, from dt + dt_bias and its softplus. By selects: nothing branches, so that several tokens
@@ -71,7 +75,7 @@ struct Step {
   float delta, a_log2;
 };
 // A token at which seq_idx changes gets log2 decay -160, which is 0 in fp32: the state resets
-// there, and no later stage knows of seq_idx.
+// there, and later stages need not know of seq_idx.
 MAMBA2_DEVICE Step fast_step_of(const StepInputs& in, float dt, float bias, float A, bool reset) {
   const float v = dt + bias, delta = bounded_delta(in, v, fast::quick_softplus(v));
   const float a = decay_log2(delta, A);

@@ -140,6 +140,7 @@ void set_arguments(const BackwardParams& params, const Memory& memory, BackwardA
   args->tensor_n = in.shape.n;
   args->delta = memory.delta;
   args->a_cumsum_log2 = memory.a_cumsum_log2;
+  args->seq_idx = in.seq_idx;
   args->D = in.D;
   args->initial_states = in.initial_states;
   args->d_final_states = static_cast<const float*>(params.d_final_states);

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Case, extreme_steps, make_gradients, make_inputs, steep_and_flat_heads
 from common import check, check_inputs, expected_error, op_arguments, run_ops, truth
+from random_problems import judge_draws
 
 SM90, INVARIANT = 3, 3 | 1 << 8
 TICKETS, SEGMENTS = 1 << 4, 2 << 4  # the forward's schedules
@@ -157,6 +158,53 @@ def test_two_words(emulated, decay, n, sms):
     for name, share in LESS[decay, n].items():
         error = (results[name].double() - truth(case)[name]).norm()
         assert error <= share * expected_error(case)[name][0].norm(), name
+
+
+RESETS = {  # tokens at which the state resets, of 300: chunks begin at 128 and 256, blocks at 64
+    "of every third token": range(3, 300, 3),
+    "at the ends of runs of 16, blocks and chunks": (15, 16, 63, 64, 65, 127, 128, 192, 255, 257),
+    "in one block of two": (70, 71, 110, 130, 131),
+}
+
+
+@pytest.mark.parametrize("n", [64, 128])  # rows in their order; folded
+@pytest.mark.parametrize("name", RESETS)
+def test_resets(emulated, name, n):
+    """Few decays, so that what resets add to their logarithms would show. Runs take turns in two
+    numbers: what resets is that the number changes."""
+    case = dataclasses.replace(BASE, b=2, l=300, h=3, n=n, decay="weak", dt_dtype=torch.float32)
+    inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
+    resets = torch.zeros(2, 300, dtype=torch.int32)
+    resets[0, list(RESETS[name])] = 1
+    resets[1, 150] = 1
+    inputs["seq_idx"] = (resets.cumsum(1) % 2).int()
+    emulated.schedule(seed=n, sms=16)
+    check_inputs(run_ops(emulated.ops, plan=SM90), inputs, dy, d_final)
+
+
+@pytest.mark.parametrize("n, plan", [(64, SM90 | TICKETS), (128, SM90 | TICKETS)])
+def test_resets_cost_no_bits(emulated, n, plan):
+    """One chunk that no state enters or leaves: its dA and d_dt come of pairs alone, as exact as
+    fp32 is. Of 16 draws, for dA of one is few numbers."""
+    case = dataclasses.replace(BASE, l=40, h=3, n=n, decay="weak", dt_dtype=torch.float32)
+    case = dataclasses.replace(case, seq_idx=True, d_final_states=False)
+    emulated.schedule(seed=n)
+    draws = [dataclasses.replace(case, seed=k) for k in range(16)]
+    judge_draws(run_ops(emulated.ops, plan=plan), draws)
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_nothing_crosses_a_reset(emulated, n):
+    """Where only tokens behind the last reset have dy, those before it get zeros, and no others."""
+    case = dataclasses.replace(BASE, l=300, h=3, n=n, D=None, d_final_states=False, seed=45)
+    inputs, (dy, _) = make_inputs(case), make_gradients(case)
+    for last in (37, 100, 128, 170, 256):
+        inputs["seq_idx"] = (torch.arange(300)[None] >= last).int()
+        dy_last = dy * inputs["seq_idx"][..., None, None]
+        results = run_ops(emulated.ops, plan=SM90)(inputs, dy_last, None)
+        for name in ("dx", "dB", "dC"):
+            assert results[name][:, :last].count_nonzero() == 0, (name, last)
+            assert results[name][:, last].count_nonzero() > 0, (name, last)
 
 
 @pytest.mark.parametrize("sms", [1, 132])
