@@ -59,13 +59,12 @@ def ssd_scan(
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx)
     delta_options = (dt_softplus, *dt_limit)
     if torch.is_grad_enabled():
-        y, final_states = _SsdScan.apply(
+        return _SsdScan.apply(
             delta_options, return_final_states, save_states, current_plan(), *inputs
         )
-    else:
-        y, final_states, _ = _forward(
-            *inputs, *delta_options, return_final_states, False, current_plan()
-        )
+    y, final_states, _ = _forward(
+        *inputs, *delta_options, return_final_states, False, current_plan()
+    )
     return (y, final_states) if return_final_states else y
 
 
@@ -95,21 +94,16 @@ class _SsdScan(torch.autograd.Function):
         y, final_states, chunk_states = _forward(
             *inputs, *delta_options, return_final_states, save_states, plan
         )
-        ctx.save_for_backward(*inputs, chunk_states)
+        ctx.save_for_backward(*inputs, chunk_states if save_states else None)
         ctx.options = (*delta_options, plan)
-        ctx.return_final_states = return_final_states
         ctx.set_materialize_grads(False)
-        if not return_final_states:
-            ctx.mark_non_differentiable(final_states)
-        return y, final_states
+        return (y, final_states) if return_final_states else y
 
     @staticmethod
-    def backward(ctx, dy, d_final_states):
+    def backward(ctx, dy, d_final_states=None):
         saved = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(saved[0])
-        if not ctx.return_final_states:
-            d_final_states = None  # torch.compile makes up zeros for the absent output
         gradients = _backward(dy, d_final_states, *saved, *ctx.options)
         wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[4:13])]
         return None, None, None, None, *wanted, None, None
