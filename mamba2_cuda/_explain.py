@@ -73,8 +73,9 @@ def explain(
     if major == 0:
         return answer | {"workspace_bytes": 0, "kernels": []}
     problem = (b, l, h, p, g, n, nseq, packed, DTYPES.index(dtype), backward, has_z, save_states)
+    D_per_channel = False
     return answer | launches(
-        load_ops(), *problem, major, minor, sm_count, plan, is_here(major, minor)
+        load_ops(), *problem, D_per_channel, major, minor, sm_count, plan, is_here(major, minor)
     )
 
 

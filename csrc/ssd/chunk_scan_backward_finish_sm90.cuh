@@ -8,7 +8,7 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN>
+template <class T, int kN, bool kSliced>
 struct FinishingSide {
   using Shape = ScanShape<kN>;
   static constexpr int kThreads = 32 * kFinishWarps;
@@ -134,15 +134,16 @@ struct FinishingSide {
     const float (&dD)[4][kHeadDim] = results.dD;
     if (task.block == 0)
       args.later_rows[index * args.later_apart + i] = R[0][i] + R[1][i] + R[2][i] + R[3][i];
-    const int block = task.i_chunk * 2 + task.block;
-    float* out = args.dD_blocks + int64_t(block * args.h + head) * args.dD_parts();
     if (args.D_per_channel) {
+      float* out = args.dD_channels[task.block] + index * args.dD_apart[task.block];
       out[i] = dD[0][i] + dD[1][i] + dD[2][i] + dD[3][i];
       return;
     }
     if (i % kDRun > 0) return;
     const float4* dy_x = reinterpret_cast<const float4*>(results.dy_x + i);
     const float4 u = dy_x[0], v = dy_x[1];
+    const int block = task.i_chunk * 2 + task.block;
+    float* out = args.dD_blocks + int64_t(block * args.h + head) * kDParts;
     out[i / kDRun] = ((u.x + u.y) + (u.z + u.w)) + ((v.x + v.y) + (v.z + v.w));
   }
 
@@ -170,6 +171,9 @@ struct FinishingSide {
       if (warp < kBlock / 32) {
         store_token_sums(results, index, thread_anew());
       } else {
+        // By now all are done with the states of the heads before.
+        if (kSliced && i > 0 && i == args.shared_images && lane == 0)
+          tile::publish(images_read(args, task.pair, task.group, task.block), 1);
         MAMBA2_NO_UNROLL
         for (int k = 0; k < kBlock; k += 32)
           store_other_sums(results, index, head, k + ptx::laneid());

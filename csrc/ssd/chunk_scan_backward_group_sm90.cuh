@@ -6,7 +6,7 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kResets>
+template <class T, int kN, bool kSliced, bool kResets>
 struct TokenGroup : TokenPairs<T, kN> {
   using Base = TokenPairs<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::side;
@@ -143,13 +143,13 @@ struct TokenGroup : TokenPairs<T, kN> {
     uint32_t a[16];
     tile::load_transposed<4>(a, this->dCB_panel(kLater), me);
     const T* B = s.B + (kHalf < 64 ? side * kHalf : side * kBlock * tile::kPanelColumns);
-    Meeting<T, kN, 1> meeting(*this, side, args.single_slice());
+    Meeting<T, kN, 1> meeting(*this, side, !kSliced);
     meeting.look();
     add_product<T, kHalf>(dC, tile::MnMajor<kBlock>{B}, a);
-    if (args.single_slice())
-      meeting.come(dC);
+    if constexpr (kSliced)
+      this->store(kPart_later_dC, side * kHalf, dC);
     else
-      this->store(this->slice(args.dC_later, kBlock, 0) + side * kHalf, dC);
+      meeting.come(dC);
   }
 
   // ---- before and after all heads ----

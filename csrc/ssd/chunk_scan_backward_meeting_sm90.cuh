@@ -32,7 +32,7 @@ struct Meeting {
     const int64_t group = int64_t(me.task.i_chunk) * me.args.g + me.task.group;
     return group * kTurns + 2 * me.me.warp + first_half + i;
   }
-  MAMBA2_DEVICE int* turn(int i) const { return me.args.dC_turns + place(i); }
+  MAMBA2_DEVICE int* turn(int i) const { return me.args.turns + place(i); }
   MAMBA2_DEVICE float4* memory(int i) const {
     return reinterpret_cast<float4*>(me.args.dC_later) + place(i) * (kHalf * 32 / 4) +
            ptx::laneid();

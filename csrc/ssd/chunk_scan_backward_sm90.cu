@@ -7,13 +7,15 @@
 //   V_ij = L_ij (C_i.B_j) (dy_i.x_j): row sums R, column sums Q and, diagonal included, the direct
 //          part of d delta; E_i = 2^a_i dy_i.(S C_i), F_j, K = 2^a_q <G, S>, dD
 //
-// grid: chunks, groups, slices of a group's heads, and 2 blocks of 64 tokens. A block of threads
+// grid: chunks and slices of a group's heads, groups, and 2 blocks of 64 tokens. A block of threads
 //   owns 64 tokens, loops over its heads and keeps dB, dC and dCB, summed over heads, in registers.
 //   Its tokens are the j of all pairs (i, j): the earlier block also does the pairs with the later
 //   one. What they give to the later tokens' R goes to later_rows, to their dC to dC_later, where
-//   group_sum finds it or, of a single slice, the chunk's two blocks meet. Earlier blocks take
-//   longer: they begin first, so that the card ends with short ones. But of many chunks, only the
-//   last do so: the others have their blocks side by side, and one finds S and G in the L2.
+//   the chunk's two blocks meet, or, of several slices, with these' other parts to where group_sum
+//   finds it (slices_backward_sm90.cuh; the kernel has an instance for either). Earlier blocks take
+//   longer: they begin first, so that the card ends with short ones. But of many chunks or slices,
+//   only the last do so: the others have their blocks side by side, and one finds S and G in the
+//   L2.
 //   Where all sweeps are on the card at once, a block waits for the states of its own chunk, head
 //   by head, while they still run; of long sequences it then begins in the middle (from_middle).
 // Warpgroups: the state side (products with S and G: dC, dB, E, dD); two token sides (products of
@@ -50,7 +52,7 @@ MAMBA2_DEVICE void load_own(T* panel, const ptx::TensorMap* whole, const ptx::Te
   }
 }
 
-template <class T, int kN>
+template <class T, int kN, bool kSliced>
 MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN>& s,
                            const ScanTask& task) {
   const Chunk& chunk = task.chunk;
@@ -78,16 +80,16 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
   // B, C and the table of chunks were there before. What chunk_cumsum has left was complete when a
   // sweep that counts began.
   if (!args.progress) ptx::griddepcontrol_wait();
-  constexpr uint32_t kScalars = sizeof(float) * kBackwardQ, kDRow = sizeof(float) * kHeadDim;
-  // In the earlier half of a_run_log2 may lie what the earlier block has left of a head.
-  const int run_first = earlier ? 0 : kBlock;
-  const uint32_t run_bytes = sizeof(float) * (kBackwardQ - run_first);
-  const uint32_t bytes = (2 + earlier) * kTile + 2 * kScalars + run_bytes + kDRow;
+  constexpr uint32_t kDRow = sizeof(float) * kHeadDim;
+  // In the earlier half of decays may lie what the earlier block has left of a head.
+  const int first = earlier ? 0 : kBlock;
+  const uint32_t scalar_bytes = sizeof(float) * (kBackwardQ - first);
+  const uint32_t bytes = (2 + earlier) * kTile + 3 * scalar_bytes + kDRow;
   HeadPlace place(args, task.first_head);
   for (int i = 0; i < task.heads; ++i, place.advance(args)) {
     const int head = task.first_head + i;
     const int64_t index = task.at(args, head);
-    const int64_t scalars = int64_t(task.i_chunk * args.tensor_h + place.head) * kBackwardQ;
+    const int64_t scalars = int64_t(task.i_chunk * args.tensor_h + place.head) * kBackwardQ + first;
 
     // Looked up for each head: kept, it would cost registers. The consumers are at earlier heads.
     if (args.progress) SweepsBefore(args, task).wait(i);
@@ -103,10 +105,9 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     ptx::tma_load_4d_once(stage.dy[0], &args.dy, place.channel, place.head, own, chunk.row, full);
     if (earlier)  // of these both blocks have need
       ptx::tma_load_4d(stage.dy[1], &args.dy, place.channel, place.head, later, chunk.row, full);
-    ptx::bulk_load(stage.a_log2, args.a_cumsum_log2 + scalars, kScalars, full);
-    ptx::bulk_load(stage.a_run_log2 + run_first, args.a_run_log2 + scalars + run_first, run_bytes,
-                   full);
-    ptx::bulk_load(stage.delta, args.delta + scalars, kScalars, full);
+    ptx::bulk_load(stage.a_log2 + first, args.a_cumsum_log2 + scalars, scalar_bytes, full);
+    ptx::bulk_load(stage.a_run_log2 + first, args.a_run_log2 + scalars, scalar_bytes, full);
+    ptx::bulk_load(stage.delta + first, args.delta + scalars, scalar_bytes, full);
     ptx::bulk_load(stage.D, args.D_rows + head * kHeadDim, kDRow, full);
 
     const StateSlot<kN> state(i);
@@ -119,13 +120,18 @@ MAMBA2_DEVICE void produce(const BackwardArgs& args, ChunkScanBackwardSmem<T, kN
     ptx::bulk_load(states.S, static_cast<const T*>(args.states) + index * (kHeadDim * kN), kImage,
                    full);
   }
-  if (!earlier) return;
-  const StateSlot<kN> state(task.heads);
-  ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
-  ptx::mbarrier_arrive_expect_tx(&s.states_ring.full[state.stage], kGroupTile);
-  for (int panel = 0; panel < kN / 64; ++panel)
-    ptx::tma_load_4d(s.later_C_again(task.heads) + panel * kBlock * 64, &args.C, panel * 64,
-                     task.group, later, chunk.row, &s.states_ring.full[state.stage]);
+  if (earlier) {
+    const StateSlot<kN> state(task.heads);
+    ptx::mbarrier_wait(&s.states_ring.empty[state.stage], state.phase ^ 1);
+    ptx::mbarrier_arrive_expect_tx(&s.states_ring.full[state.stage], kGroupTile);
+    for (int panel = 0; panel < kN / 64; ++panel)
+      ptx::tma_load_4d(s.later_C_again(task.heads) + panel * kBlock * 64, &args.C, panel * 64,
+                       task.group, later, chunk.row, &s.states_ring.full[state.stage]);
+  }
+  if (!kSliced) return;
+  s.parts = parts_of(args, task.pair, task.group, earlier);
+  wait_images(args, task.pair, task.group, task.block);
+  ptx::mbarrier_arrive(&s.dCB_full);
 }
 
 // Where the run of each token begins. For one warp, which says so as who loads B and C does.
@@ -151,14 +157,14 @@ MAMBA2_DEVICE void find_runs(const BackwardArgs& args, ChunkScanBackwardSmem<T, 
   ptx::mbarrier_arrive(&s.group_full);
 }
 
-template <class T, int kN, bool kResets>
+template <class T, int kN, bool kSliced, bool kResets>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     chunk_scan_backward_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args) {
 #if MAMBA2_SM90A
   using Shape = ScanShape<kN>;
   auto& s = *static_cast<ChunkScanBackwardSmem<T, kN>*>(ptx::dynamic_smem());
   ptx::griddepcontrol_launch_dependents();
-  const ScanTask task(args);
+  const ScanTask task(args, kSliced);
   if (task.chunk.i_seq < 0) return ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) {
     const int loaders = task.ragged(args) ? 32 * kFinishWarps : 1;
@@ -171,7 +177,7 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     ptx::mbarrier_init(&s.group_loaded, 1);
     for (ptx::Mbarrier& b : s.tokens_loaded) ptx::mbarrier_init(&b, 1);
     ptx::mbarrier_init(&s.tokens_done, kScanConsumers);
-    ptx::mbarrier_init(&s.dCB_full, kScanConsumers);
+    ptx::mbarrier_init(&s.dCB_full, kScanConsumers + kSliced);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -180,15 +186,15 @@ __global__ void MAMBA2_LAUNCH_BOUNDS(kScanThreads, 1)
     ptx::setmaxnreg_dec<Shape::kOthers>();
     if (kResets && warp == kConsumerWarps + 1) find_runs(args, s, task);
     if (warp > kConsumerWarps)
-      FinishingSide<T, kN>{args, s, task, warp - kConsumerWarps - 1}.run();
+      FinishingSide<T, kN, kSliced>{args, s, task, warp - kConsumerWarps - 1}.run();
     else if (ptx::elect_sync())
-      produce<T, kN>(args, s, task);
+      produce<T, kN, kSliced>(args, s, task);
   } else if (warp < kSideWarps) {
     ptx::setmaxnreg_inc<Shape::kState>();
-    StateSide<T, kN>(args, s, task).run();
+    StateSide<T, kN, kSliced>(args, s, task).run();
   } else {
     ptx::setmaxnreg_inc<Shape::kTokens>();
-    TokenSide<T, kN, kResets>(args, s, task).run();
+    TokenSide<T, kN, kSliced, kResets>(args, s, task).run();
   }
   // Blocks that wait for sweeps do not wait for all of their kernel; so one does, lest this kernel
   // be over before.
@@ -204,12 +210,16 @@ int chunk_scan_backward(const BackwardArgs& args, DType dtype, void* stream) {
     using T = decltype(element);
     using Smem = ChunkScanBackwardSmem<T, n()>;
     static_assert(sizeof(Smem) <= 227 * 1024, "shared memory of one block");
-    const unsigned along = args.unpaired_chunks == args.chunks ? 1 : 2;
-    const LaunchShape at{dim3(along * args.chunks, args.g, 2 / along * args.slices), kScanThreads,
-                         sizeof(Smem), true,
-                         BlockTile{kBlock, kHeadDim, n(), ScanShape<n()>::kTokenStages}};
-    if (args.seq_idx) return launch(chunk_scan_backward_kernel<T, n(), true>, at, stream, args);
-    return launch(chunk_scan_backward_kernel<T, n(), false>, at, stream, args);
+    const unsigned along = args.unpaired_pairs == args.pairs() ? 1 : 2;
+    const LaunchShape at{dim3(along * args.pairs(), args.g, 2 / along), kScanThreads, sizeof(Smem),
+                         true, BlockTile{kBlock, kHeadDim, n(), ScanShape<n()>::kTokenStages}};
+    const auto run = [&](auto sliced, auto resets) {
+      return launch(chunk_scan_backward_kernel<T, n(), sliced(), resets()>, at, stream, args);
+    };
+    const auto with_resets = [&](auto sliced) {
+      return args.seq_idx ? run(sliced, std::true_type{}) : run(sliced, std::false_type{});
+    };
+    return args.single_slice() ? with_resets(std::false_type{}) : with_resets(std::true_type{});
   });
 }
 

@@ -1,6 +1,6 @@
 // chunk_scan_backward (sm_90a): its shared memory, its sums, and what both consumers do.
 #pragma once
-#include "scan_backward_sm90.cuh"
+#include "slices_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 
@@ -54,7 +54,8 @@ template <class T>
 struct alignas(1024) TokenStage {
   T x[kBlock * kHeadDim];      // own tokens
   T dy[2][kBlock * kHeadDim];  // own tokens; in the earlier block the later ones too
-  float a_log2[kBackwardQ];    // of the whole chunk
+  // In the earlier block of the whole chunk, in the later one of its own tokens.
+  float a_log2[kBackwardQ];
   float a_run_log2[kBackwardQ];
   float delta[kBackwardQ];
   float D[kHeadDim];
@@ -143,7 +144,10 @@ struct alignas(1024) ChunkScanBackwardSmem {
   // The same, and tokens, of a ragged chunk before its last rows are cleared.
   ptx::Mbarrier group_loaded, tokens_loaded[Shape::kTokenStages];
   ptx::Mbarrier dx_empty[Shape::kDxTiles];  // the finishing side has read one
-  ptx::Mbarrier tokens_done, dCB_full;      // after the last head, where consumers meet
+  // After the last head, where consumers meet; at the second one of slices also the loader, who has
+  // then seen to it that `parts` may be written to.
+  ptx::Mbarrier tokens_done, dCB_full;
+  float* parts;
   // With resets: of the own tokens and, in the earlier block, the later ones, the last token up to
   // it at which the state resets, counted from the own block's first; 0 where there is none.
   int run_first[2 * kBlock];
@@ -162,37 +166,27 @@ enum ScanBarriers {
   kExchangeBarriers  // 4: by warp
 };
 
-// The i-th chunk in the order in which both directions of state_sweeps have come by: of each
-// sequence, from its middle on outwards.
-MAMBA2_DEVICE int from_middle(const Chunking& chunking, int i) {
-  const Chunk chunk = chunking.at(i);
-  if (chunk.i_seq < 0) return i;
-  const int middle = chunking.count(chunk.i_seq) / 2, away = (chunk.i_c + 1) / 2;
-  return i - chunk.i_c + middle + (chunk.i_c % 2 ? -away : away);
-}
-
 // Which tokens and heads a block works on.
 struct ScanTask {
-  int i_chunk, block, group, slice, first_head, heads;
+  int i_chunk, block, group, pair, first_head, heads;
   Chunk chunk;
-  MAMBA2_DEVICE explicit ScanTask(const BackwardArgs& args) : group(blockIdx.y) {
-    if (args.unpaired_chunks == args.chunks) {
-      i_chunk = blockIdx.x;
-      block = int(blockIdx.z) >= args.slices;
-      slice = blockIdx.z - block * args.slices;
+  // A single slice has no division to wait for.
+  MAMBA2_DEVICE ScanTask(const BackwardArgs& args, bool sliced) : group(blockIdx.y) {
+    if (args.unpaired_pairs == args.pairs()) {
+      pair = blockIdx.x;
+      block = blockIdx.z;
     } else {
-      const bool last = group == args.g - 1 && blockIdx.z == gridDim.z - 1;
-      const int unpaired = last ? args.unpaired_chunks : 0, paired = args.chunks - unpaired;
-      const int i = blockIdx.x - 2 * paired;
+      const int unpaired = group == args.g - 1 ? args.unpaired_pairs : 0;
+      const int paired = args.pairs() - unpaired, i = blockIdx.x - 2 * paired;
       block = i < 0 ? i & 1 : i >= unpaired;
-      i_chunk = i < 0 ? blockIdx.x / 2 : paired + i - block * unpaired;
-      slice = blockIdx.z;
+      pair = i < 0 ? blockIdx.x / 2 : paired + i - block * unpaired;
     }
-    if (args.from_middle) i_chunk = from_middle(args.chunking, i_chunk);
+    const int i = sliced ? pair / args.slices : pair;
+    i_chunk = chunk_in_order(args, i);
     chunk = args.chunking.at(i_chunk);
-    const int skipped = slice * args.heads_per_slice;
-    first_head = group * args.heads_per_group() + skipped;
-    heads = min(args.heads_per_slice, args.heads_per_group() - skipped);
+    const int slice = sliced ? pair - i * args.slices : 0;
+    first_head = args.first_head(group, slice);
+    heads = min(args.heads_per_slice, args.heads_per_group() - slice * args.heads_per_slice);
   }
   // The last block of the grid.
   MAMBA2_DEVICE bool ends_grid() const {
@@ -316,13 +310,10 @@ struct ScanConsumer {
     ptx::mbarrier_arrive(others);
     ptx::mbarrier_wait(others, 0);
   }
-  // Where a (slices, chunks, g, rows, n) array holds this block's group; then this lane's element.
-  MAMBA2_DEVICE float* slice(float* array, int rows, int first_row) const {
-    const int64_t i = (int64_t(task.slice) * args.chunks + task.i_chunk) * args.g + task.group;
-    return array + (i * rows + first_row) * kN;
-  }
+  // Columns from `column` on of one of this block's parts.
   template <int kElements>
-  MAMBA2_DEVICE void store(float* rows, const float (&d)[kElements]) const {
+  MAMBA2_DEVICE void store(Part part, int column, const float (&d)[kElements]) const {
+    float* rows = s.parts + part * (kBlock * kN) + column;
     MAMBA2_UNROLL
     for (int e = 0; e < kElements; e += 2)
       *reinterpret_cast<float2*>(rows + me.row((e >> 1) & 1) * kN + me.column(e / 4)) =

@@ -13,7 +13,7 @@ namespace mamba2::ssd::sm90 {
 // Chunks that let through more than this have weighted tokens in two words.
 constexpr float kTwoWordsChunkLog2 = -2;
 
-template <class T, int kN>
+template <class T, int kN, bool kSliced>
 struct StateSide : ScanConsumer<T, kN> {
   using Base = ScanConsumer<T, kN>;
   using Base::args, Base::me, Base::s, Base::task, Base::thread;
@@ -167,10 +167,10 @@ struct StateSide : ScanConsumer<T, kN> {
       load(a, this->dCB_panel(kLater));
       add_product<T, kN>(dB, tile::MnMajor<kBlock>{later_C}, a);
     }
-    if (args.single_slice())
+    if constexpr (!kSliced)
       this->template round<kN / 2>(args.dB, task.block, 0, dB);
     else
-      this->store(this->slice(args.dB_slices, kBackwardQ, task.block * kBlock), dB);
+      this->store(kPart_dB, 0, dB);
   }
   // What dCB gives to dC.
   MAMBA2_DEVICE void finish_dC() {
@@ -195,13 +195,13 @@ struct StateSide : ScanConsumer<T, kN> {
       arrive_warp(&s.tokens_ring.empty[TokenSlot<kN>(i).stage], me.lane);
     }
     this->meet(&s.tokens_done);
-    Meeting<T, kN, 2> meeting(*this, 0, args.single_slice() && task.block == 1);
+    Meeting<T, kN, 2> meeting(*this, 0, !kSliced && task.block == 1);
     this->meet(&s.dCB_full);
     finish_dB();
     meeting.look();
     finish_dC();
-    if (!args.single_slice())
-      this->store(this->slice(args.dC_slices, kBackwardQ, task.block * kBlock), dC);
+    if constexpr (kSliced)
+      this->store(kPart_dC, 0, dC);
     else if (task.block == 0)
       this->template round<kN / 2>(args.dC, 0, 0, dC);
     else

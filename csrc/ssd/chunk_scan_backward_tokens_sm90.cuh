@@ -17,9 +17,9 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kResets>
-struct TokenSide : TokenGroup<T, kN, kResets> {
-  using Base = TokenGroup<T, kN, kResets>;
+template <class T, int kN, bool kSliced, bool kResets>
+struct TokenSide : TokenGroup<T, kN, kSliced, kResets> {
+  using Base = TokenGroup<T, kN, kSliced, kResets>;
   using Base::args, Base::me, Base::s, Base::task, Base::side;
   using Base::Base;
   using Base::earlier, Base::part, Base::thread_anew;

@@ -4,9 +4,10 @@
 //
 // grid: (chunks, pieces of the groups' tokens and one more for dD). Pieces are as many as the card
 // holds at once, so that what comes next begins early, and each has all its loads on their way.
-// Bound by HBM: 2 fp32 arrays (slices, tokens, g, n) read, dB and dC written.
+// Bound by HBM: parts (slices_backward_sm90.cuh) of 1280 bytes a token and slice at n = 128 read,
+// dB and dC written.
 #include "../core/launch.h"
-#include "scan_backward_sm90.cuh"
+#include "slices_backward_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
 namespace {
@@ -33,28 +34,43 @@ MAMBA2_DEVICE void store(const StridedOut& out, const Chunk& chunk, int row, int
   *reinterpret_cast<uint2*>(to) = uint2{pack2<T>(v.x, v.y), pack2<T>(v.z, v.w)};
 }
 
+// Where the parts of a chunk and group are, where it takes a while to find out.
+struct SharedParts {
+  const float* of[kMostSharedSlices][2];  // by slice and block
+};
+// `i` is the chunk's place in the order of pairs.
+MAMBA2_DEVICE void find_parts(const BackwardArgs& args, int i, int group, SharedParts& parts) {
+  if (!args.shared_images) return;
+  const int slice = threadIdx.x / 2, block = threadIdx.x % 2;
+  if (slice < args.slices)
+    parts.of[slice][block] = parts_of(args, i * args.slices + slice, group, block == 0);
+  __syncthreads();
+}
+
 // A piece's tokens `first` and on, of all slices.
 template <class T>
-MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk, int group, int first,
-                              int tokens) {
+MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const SharedParts& parts,
+                              const Chunk& chunk, int group, int first, int tokens) {
   const int n = args.n, end = min(chunk.count, first + tokens);
-  const int64_t groups = int64_t(args.chunks) * args.g;
-  const int64_t here = int64_t(blockIdx.x) * args.g + group;
   const int column = threadIdx.x * 4 % n;
   for (int row = first + threadIdx.x * 4 / n; row < end; row += kThreads * 4 / n) {
+    const int block = row / kBlock, tile = kBlock * n, at = row % kBlock * n + column;
+    const auto of = [&](int slice, int block) -> const float* {
+      if (args.shared_images) return parts.of[slice][block] + at;
+      return parts_apart(args, int(blockIdx.x) * args.slices + slice, group, block == 0) + at;
+    };
     float4 dB{}, dC{};
     MAMBA2_NO_UNROLL
     for (int slice = 0; slice < args.slices; slice += kSlicesAtOnce) {
       float4 r_dB[kSlicesAtOnce], r_dC[kSlicesAtOnce], later[kSlicesAtOnce];
       MAMBA2_UNROLL
       for (int k = 0; k < kSlicesAtOnce; ++k) {
-        const int64_t at = (slice + k) * groups + here;
         r_dB[k] = r_dC[k] = later[k] = float4{};
         if (slice + k >= args.slices) continue;
-        r_dB[k] = load(args.dB_slices + (at * kBackwardQ + row) * n + column);
-        r_dC[k] = load(args.dC_slices + (at * kBackwardQ + row) * n + column);
-        if (row >= kBlock)
-          later[k] = load(args.dC_later + (at * kBlock + row - kBlock) * n + column);
+        const float* from = of(slice + k, block);
+        r_dB[k] = load(from + kPart_dB * tile);
+        r_dC[k] = load(from + kPart_dC * tile);
+        if (block == 1) later[k] = load(of(slice + k, 0) + kPart_later_dC * tile);
       }
       MAMBA2_UNROLL
       for (int k = 0; k < kSlicesAtOnce; ++k) add(dB, r_dB[k]), add(dC, r_dC[k]), add(dC, later[k]);
@@ -65,12 +81,13 @@ MAMBA2_DEVICE void sum_slices(const BackwardArgs& args, const Chunk& chunk, int 
 }
 
 MAMBA2_DEVICE void sum_dD_channels(const BackwardArgs& args, bool exists) {
-  const int64_t width = int64_t(args.h) * kHeadDim;
-  const float* blocks = args.dD_blocks + blockIdx.x * 2 * width;
+  const float* earlier = args.dD_channels[0] + int64_t(blockIdx.x) * args.h * args.dD_apart[0];
+  const float* later = args.dD_channels[1] + int64_t(blockIdx.x) * args.h * kHeadDim;
   const int channels = args.tensor_h * args.p;
   for (int i = threadIdx.x; i < channels; i += kThreads) {
     const int at = i / args.p * args.splits * kHeadDim + i % args.p;
-    args.dD[int64_t(blockIdx.x) * channels + i] = exists ? blocks[at] + blocks[width + at] : 0.f;
+    const float sum = earlier[at / kHeadDim * args.dD_apart[0] + at % kHeadDim] + later[at];
+    args.dD[int64_t(blockIdx.x) * channels + i] = exists ? sum : 0.f;
   }
 }
 // Four parts a lane, four lanes a head: two of each block's.
@@ -99,17 +116,20 @@ template <class T>
 __global__ void MAMBA2_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
     group_sum_kernel(const MAMBA2_GRID_CONSTANT BackwardArgs args,
                      const MAMBA2_GRID_CONSTANT Pieces pieces) {
-  const Chunk chunk = args.chunking.at(blockIdx.x);
+  auto& parts = *static_cast<SharedParts*>(ptx::dynamic_smem());
+  const bool for_dD = int(blockIdx.y) == pieces.all;
+  const Chunk chunk = args.chunking.at(for_dD ? int(blockIdx.x) : chunk_in_order(args, blockIdx.x));
   const int group = int(blockIdx.y) / pieces.count, piece = int(blockIdx.y) % pieces.count;
   const bool exists = chunk.i_seq >= 0;
+  if (!for_dD && exists) find_parts(args, blockIdx.x, group, parts);
   // Behind the last pass comes delta_gradients, which lets this kernel begin when what was before
   // both is complete.
   if (!args.last_pass) ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  if (int(blockIdx.y) == pieces.all) {
+  if (for_dD) {
     args.D_per_channel ? sum_dD_channels(args, exists) : sum_dD_heads(args, exists);
   } else if (exists) {
-    sum_slices<T>(args, chunk, group, piece * pieces.tokens, pieces.tokens);
+    sum_slices<T>(args, parts, chunk, group, piece * pieces.tokens, pieces.tokens);
   }
   ptx::griddepcontrol_wait();  // what comes next waits for this kernel, and so for that one
 }
@@ -123,7 +143,8 @@ int group_sum(const BackwardArgs& args, DType dtype, void* stream) {
          int64_t(args.chunks) * (2 * args.g * count + 1) <= kBlocksPerSm * args.sm_count)
     count *= 2;
   const Pieces pieces{Divisor(count), kBackwardQ / count, args.single_slice() ? 0 : args.g * count};
-  const LaunchShape at{dim3(args.chunks, pieces.all + (args.dD != nullptr)), kThreads, 0, true};
+  const LaunchShape at{dim3(args.chunks, pieces.all + (args.dD != nullptr)), kThreads,
+                       sizeof(SharedParts), true};
   return dtype == DType::bf16 ? launch(group_sum_kernel<bf16>, at, stream, args, pieces)
                               : launch(group_sum_kernel<f16>, at, stream, args, pieces);
 }

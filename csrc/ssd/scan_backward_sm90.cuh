@@ -52,13 +52,14 @@ struct BackwardArgs {
   int h, g, n;                  // h = tensor_h splits; n: of a pass, from where on the tensors are
   int tensor_n;                 // of the tensors
   int slices, heads_per_slice;  // of a group's heads: each has its own sums of dB and dC
-  int unpaired_chunks;          // those whose blocks chunk_scan_backward does not do side by side:
-                                // of the last group and slice only, unless all chunks
-  const float* delta;           // (chunks, tensor_h, q)
-  const float* a_cumsum_log2;   // (chunks, tensor_h, q)
-  float* a_run_log2;            // (chunks, tensor_h, q)  the same from the start of each 16 tokens,
-                                // without resets
-  AnyFloat D;                   // (tensor_h) or (tensor_h, p), optional
+  int unpaired_pairs;  // pairs of blocks that chunk_scan_backward does not do side by side: the
+                       // last group's last, unless all (slices_backward_sm90.cuh)
+  int shared_images;   // so many of a pair's images of G are written to once they are read; or none
+  const float* delta;  // (chunks, tensor_h, q)
+  const float* a_cumsum_log2;  // (chunks, tensor_h, q)
+  float* a_run_log2;           // (chunks, tensor_h, q)  the same from the start of each 16 tokens,
+                               // without resets
+  AnyFloat D;                  // (tensor_h) or (tensor_h, p), optional
   bool D_per_channel;
   AnyFloat initial_states;      // (nseq, tensor_h, p, n), optional
   const float* d_final_states;  // (nseq, tensor_h, p, n), optional
@@ -71,29 +72,35 @@ struct BackwardArgs {
   bool from_middle;             // it takes a sequence's chunks so
   float* dx_sum;                // (chunks, 2, h, 64, 64): dx without delta and D, with two passes
   bool last_pass;
-  float* D_rows;      // (h, 64)          D, spread over channels; 0 without D
-  StridedOut dx;      // (b, l, tensor_h, p)  T
-  float* rows_out;    // (chunks, h, q)     R_i - Q_i + E_i
-  float* later_rows;  // (chunks, h, later_apart)  of the later block's 64 tokens: R_i over the
-                      //                    earlier ones'
-  int later_apart;    // 64, or q where they lie in a_run_log2
-  float* columns;     // (chunks, h, q)     sum_{i>=j} V_ij
-  float* to_state;    // (chunks, h, q)     F_j / delta_j
-  float* through;     // (chunks, h)        K
-  float* dD_blocks;   // (chunks, 2, h, 64)  by channel, or (chunks, 2, h, 8) parts
-  float* dB_slices;   // (slices, chunks, g, q, n); none when there is one slice
-  float* dC_slices;   // likewise
-  float* dC_later;  // (slices, chunks, g, 64, n): the later block's, from the earlier; of a single
-                    // slice, the part of either that came first, in fragments
-  int* dC_turns;    // (chunks, g, 4, 2)  of a single slice: how many parts have come
-  StridedOut dB, dC;   // (b, l, g, n)       T
-  float* dD;           // (chunks, tensor_h) or (chunks, tensor_h, p), optional
+  float* D_rows;          // (h, 64)          D, spread over channels; 0 without D
+  StridedOut dx;          // (b, l, tensor_h, p)  T
+  float* rows_out;        // (chunks, h, q)     R_i - Q_i + E_i
+  float* later_rows;      // (chunks, h, later_apart)  of the later block's 64 tokens: R_i over the
+                          //                    earlier ones'
+  int later_apart;        // 64, or q where they lie in a_run_log2
+  float* columns;         // (chunks, h, q)     sum_{i>=j} V_ij
+  float* to_state;        // (chunks, h, q)     F_j / delta_j
+  float* through;         // (chunks, h)        K
+  float* dD_blocks;       // (chunks, 2, h, 8)  parts, unless D is per channel: then of either block
+  float* dD_channels[2];  // (chunks, h, dD_apart)  by channel
+  int dD_apart[2];        // 64, or q where they lie in a_cumsum_log2
+  float* parts;       // (chunks, slices, g, 5, 64, n)  of dB and dC, by block, of slices that share
+                      // no images; otherwise (g, 3, 64, n), of the first pairs' earlier blocks
+  float* dC_later;    // (chunks, g, 64, n)  of a single slice: the part of the later block's dC, of
+                      // either block, that came first, in fragments
+  int* turns;         // (chunks, g, 4, 2)  of a single slice: how many of these parts have come
+                      // (chunks, slices, g, 2)  of shared images: whether a block has read them
+  StridedOut dB, dC;  // (b, l, g, n)       T
+  float* dD;          // (chunks, tensor_h) or (chunks, tensor_h, p), optional
   const int* seq_idx;  // (b, l), optional
 
   MAMBA2_HD int heads_per_group() const { return h / g; }
   // chunk_scan_backward then rounds and stores dB and dC itself.
   MAMBA2_HD bool single_slice() const { return slices == 1; }
-  MAMBA2_HD int dD_parts() const { return D_per_channel ? kHeadDim : kDParts; }
+  MAMBA2_HD int pairs() const { return chunks * slices; }  // of a group
+  MAMBA2_HD int first_head(int group, int slice) const {
+    return group * heads_per_group() + slice * heads_per_slice;
+  }
   MAMBA2_HD int64_t head_at(int64_t chunk, int head) const { return chunk * h + head; }
   // The head of the tensors that one of these heads is of, its first channel there, how many
   // channels it has; and where delta has it.

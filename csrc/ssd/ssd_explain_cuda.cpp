@@ -19,7 +19,7 @@ View contiguous(const Shape& shape, int64_t heads, int64_t width) {
   return {some_address(), shape.l * heads * width, heads * width, width};
 }
 
-// A problem's arguments as models give them: D a head, dt_bias and softplus, no initial states.
+// A problem's arguments as models give them: dt_bias and softplus, no initial states.
 Inputs inputs_of(const Problem& problem) {
   const Shape& shape = problem.shape;
   const AnyFloat parameter{some_address(), DType::f32};
@@ -29,6 +29,7 @@ Inputs inputs_of(const Problem& problem) {
   in.x = contiguous<Strided>(shape, shape.h, shape.p);
   in.dt = contiguous<Strided>(shape, shape.h, 1);
   in.A = in.D = in.dt_bias = parameter;
+  in.D_per_channel = problem.D_per_channel;
   in.B = in.C = contiguous<Strided>(shape, shape.g, shape.n);
   if (problem.has_z) in.z = in.x;
   in.dt_softplus = true;
@@ -82,7 +83,7 @@ std::string as_json(const LaunchLog& log, std::size_t workspace_bytes, int error
 
 // The order in which Python gives them; all int64.
 struct Question {
-  int64_t b, l, h, p, g, n, nseq, packed, dtype, backward, has_z, save_states;
+  int64_t b, l, h, p, g, n, nseq, packed, dtype, backward, has_z, save_states, D_per_channel;
   int64_t major, minor, sm_count, forced, card_is_here;
 };
 
@@ -94,6 +95,7 @@ Problem problem_of(const Question& ask) {
   problem.backward = ask.backward != 0;
   problem.has_z = ask.has_z != 0;
   problem.save_states = ask.save_states != 0;
+  problem.D_per_channel = ask.D_per_channel != 0;
   return problem;
 }
 

@@ -10,7 +10,7 @@
 #include "../core/workspace.h"
 #include "delta_backward.h"
 #include "launch.h"
-#include "scan_backward_sm90.cuh"
+#include "slices_backward_sm90.cuh"
 #include "tiers.h"
 
 namespace mamba2::ssd::sm90 {
@@ -19,10 +19,10 @@ namespace {
 // The time of a block that does not depend on its heads (loading B and C, storing dB and dC), in
 // heads.
 constexpr int64_t kBlockOverheadHeads = 3;
-// Where there are so many chunks an SM (times groups and slices), all but the last ones have their
-// blocks side by side.
-constexpr int64_t kManyChunksPerSm = 6;
-constexpr double kUnpairedChunksPerSm = 0.4;
+// Where there are so many pairs of blocks an SM, or slices share images, all but the last ones have
+// their blocks side by side.
+constexpr int64_t kManyPairsPerSm = 6;
+constexpr double kUnpairedPairsPerSm = 0.4;
 // With batch_invariant: slices of so many heads, whatever else there is to fill the card with.
 constexpr int kInvariantSliceHeads = 20;
 
@@ -44,10 +44,24 @@ int heads_per_slice(const Shape& shape, const Plan& plan, const Device& device) 
   return ceil_div(heads, int(cheapest(1, 2, heads + 1, cost)));
 }
 
-int unpaired_chunks(const Shape& shape, int slices, int sms) {
-  const int64_t chunks = shape.chunks(kBackwardQ);
-  const bool many = chunks * shape.g * slices >= kManyChunksPerSm * sms;
-  return static_cast<int>(many ? std::min(chunks, int64_t(kUnpairedChunksPerSm * sms)) : chunks);
+// How many of a slice's images others may write to, once they are read (slices_backward_sm90.cuh):
+// none unless all slices have heads enough. All but kPairImages are those of unpaired blocks.
+int shared_images(const Shape& shape, const BackwardArgs& args) {
+  const int heads = shape.heads_per_group() * splits_of(shape);
+  const int fewest = heads - (args.slices - 1) * args.heads_per_slice;
+  if (args.slices == 1 || args.slices > kMostSharedSlices) return 0;
+  return fewest > kUnpairedImages ? kUnpairedImages : fewest > kPairImages ? kPairImages : 0;
+}
+
+int unpaired_pairs(const Shape& shape, const BackwardArgs& args) {
+  const int64_t pairs = shape.chunks(kBackwardQ) * args.slices;
+  const int64_t few = int64_t(kUnpairedPairsPerSm * args.sm_count);
+  if (args.shared_images) {
+    const bool room = args.shared_images == kUnpairedImages;
+    return room ? static_cast<int>(std::min(pairs / 2, few)) : 0;
+  }
+  const bool many = pairs * shape.g >= kManyPairsPerSm * args.sm_count;
+  return static_cast<int>(many ? std::min(pairs, few) : pairs);
 }
 
 // What lies in the workspace; args points into it. With no memory behind it, it only counts.
@@ -59,10 +73,9 @@ struct Memory {
     const Shape& shape = problem.shape;
     const int64_t chunks = shape.chunks(kBackwardQ), tensor_heads = chunks * shape.h;
     const int64_t heads = tensor_heads * splits_of(shape);
-    const int64_t groups = chunks * shape.g * args->slices * columns_of(shape);
+    const int64_t pairs = chunks * shape.g * args->slices;
     const int64_t images = heads * kHeadDim * columns_of(shape) * size_of(problem.dtype);
     const int passes = passes_of(shape);
-    const int64_t dD_width = args->D_per_channel ? kHeadDim : 1;
     chunk_table = memory.take(chunking_bytes(shape, kBackwardQ));
     delta_backward = memory.take(delta_backward_workspace_bytes(chunks, shape.h));
     delta = memory.take_array<float>(tensor_heads * kBackwardQ);
@@ -72,24 +85,39 @@ struct Memory {
     // The earlier half of a chunk's a_run_log2 is read by its earlier block alone, which has a
     // head's in shared memory before it leaves that head's later_rows. So these can lie there,
     // unless another pass or another of these kernels' heads is to read them as well.
-    const bool in_a_run = passes * splits_of(shape) == 1;
-    args->later_apart = in_a_run ? kBackwardQ : kBlock;
+    const bool in_decays = passes * splits_of(shape) == 1;
+    args->later_apart = in_decays ? kBackwardQ : kBlock;
     args->later_rows =
-        in_a_run ? args->a_run_log2 : memory.take_array<float>(passes * heads * kBlock);
+        in_decays ? args->a_run_log2 : memory.take_array<float>(passes * heads * kBlock);
     args->columns = memory.take_array<float>(passes * heads * kBackwardQ);
     args->to_state = memory.take_array<float>(passes * heads * kBackwardQ);
     args->through = memory.take_array<float>(passes * heads);
     if (passes > 1) args->dx_sum = memory.take_array<float>(heads * kBackwardQ * kHeadDim);
     args->D_rows = memory.take_array<float>(int64_t(shape.h) * splits_of(shape) * kHeadDim);
     progress = 2 * passes * shape.nseq * shape.h * splits_of(shape);
-    turns = args->single_slice() ? chunks * shape.g * kTurns : 0;
+    turns = args->single_slice()      ? chunks * shape.g * kTurns
+            : args->shared_images > 0 ? 2 * pairs
+                                      : 0;
     args->progress = memory.take_array<int>(progress + passes * turns);
-    args->dC_turns = args->progress ? args->progress + progress : nullptr;
-    args->dD_blocks = memory.take_array<float>(heads * 2 * args->dD_parts());
-    dD = memory.take_array<float>(heads * dD_width);
-    args->dB_slices = memory.take_array<float>(args->single_slice() ? 0 : groups * kBackwardQ);
-    args->dC_slices = memory.take_array<float>(args->single_slice() ? 0 : groups * kBackwardQ);
-    args->dC_later = memory.take_array<float>(groups * kBlock);
+    args->turns = args->progress ? args->progress + progress : nullptr;
+    if (args->D_per_channel) {
+      // Likewise the earlier block's part of dD in a_cumsum_log2, of which the sweeps are done with
+      // a chunk before they have stored its state. The sum of both parts goes to the later one's
+      // place where that is laid out alike.
+      const bool in_place = shape.p == splits_of(shape) * kHeadDim;
+      args->dD_apart[0] = in_decays ? kBackwardQ : kHeadDim;
+      args->dD_apart[1] = kHeadDim;
+      args->dD_channels[0] = in_decays ? a_cumsum_log2 : memory.take_array<float>(heads * kHeadDim);
+      args->dD_channels[1] = memory.take_array<float>(heads * kHeadDim);
+      dD = in_place ? args->dD_channels[1] : memory.take_array<float>(heads * kHeadDim);
+    } else {
+      args->dD_blocks = memory.take_array<float>(heads * 2 * kDParts);
+      dD = memory.take_array<float>(heads);
+    }
+    const int64_t tile = kBlock * columns_of(shape);
+    const int64_t parts = args->shared_images ? shape.g * kEarlierParts : pairs * kPairParts;
+    args->parts = memory.take_array<float>(args->single_slice() ? 0 : parts * tile);
+    args->dC_later = memory.take_array<float>(args->single_slice() ? pairs * tile : 0);
     // With z all passes' S at once, for the gate wants them so.
     args->states = memory.take(problem.save_states ? 0 : images * (problem.has_z ? passes : 1));
     args->d_states = memory.take(images);
@@ -105,7 +133,8 @@ void set_sizes(BackwardArgs* args, const Shape& shape, bool D_per_channel, const
   args->sm_count = std::max(1, device.sm_count);
   args->heads_per_slice = heads_per_slice(shape, plan, device);
   args->slices = ceil_div(shape.heads_per_group() * splits_of(shape), args->heads_per_slice);
-  args->unpaired_chunks = unpaired_chunks(shape, args->slices, args->sm_count);
+  args->shared_images = shared_images(shape, *args);
+  args->unpaired_pairs = unpaired_pairs(shape, *args);
 }
 
 // (b, l, h or g, width), innermost first; boxes of so many tokens x 64 columns.
@@ -175,7 +204,7 @@ int set_pass(const BackwardParams& params, int pass, bool states_of_all, int64_t
   args->later_rows += pass * heads * args->later_apart;
   args->through += pass * heads;
   if (args->progress) args->progress += pass * 2 * int64_t(args->rows) * args->h;
-  if (args->dC_turns) args->dC_turns += pass * turns;
+  if (args->turns) args->turns += pass * turns;
   if (states_of_all) args->states = from_column(args->states, first, heads * kHeadDim * size);
   args->initial_states.ptr =
       from_column(args->initial_states.ptr, first, size_of(args->initial_states.dtype));
@@ -254,7 +283,7 @@ int backward(const BackwardParams& params, const Plan& plan, const Device& devic
   }
   const Sweeps sweeps = sizes.has_z || sizes.save_states ? Sweeps::gradients : Sweeps::both;
   const int count = passes_of(shape);
-  ZeroCounts counts{args.dC_turns, count * memory.turns};
+  ZeroCounts counts{args.turns, count * memory.turns};
   const Beside beside = beside_sweeps(args, sweeps);
   args.from_middle = beside == Beside::from_middle;
   if (beside == Beside::none)

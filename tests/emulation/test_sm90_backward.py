@@ -214,6 +214,36 @@ def test_slices_of_heads(emulated, sms):
     check(run_ops(emulated.ops, plan=SM90), dataclasses.replace(BASE, h=5, seed=16))
 
 
+# Slices of so many heads that their parts of dB and dC lie in memory of G that has been read.
+SHARED = {
+    "the last blocks in another order": dict(h=40, l=300, seed=50),
+    "n 128, all blocks side by side": dict(h=26, l=300, n=128, seed=51),
+    "groups": dict(h=44, g=2, l=200, p=128, n=128, seed=52),
+    "packed": dict(h=40, l=400, cu_seqlens=(3, 70, 70, 200, 390), sms=32, D="hp", seed=53),
+    "n 256": dict(h=40, l=300, n=256, seed=54),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_slices_share_images(emulated, name):
+    options = {"sms": 12} | SHARED[name]
+    sms = options.pop("sms")
+    case = dataclasses.replace(BASE, **options)
+    emulated.schedule(seed=len(name), timing="random", blocks=5, sms=sms)
+    results = check(run_ops(emulated.ops, plan=SM90), case, repeat=False)
+    inputs, (dy, d_final) = make_inputs(case), make_gradients(case)
+    tensors, options = op_arguments(inputs)
+
+    def backward():
+        return emulated.ops.ssd_scan_backward(dy, d_final, *tensors, None, *options, SM90)
+
+    emulated.schedule(seed=len(name), timing="late", blocks=1, sms=sms)
+    assert torch.equal(backward()[3], results["dB"])
+    emulated.schedule(sms=sms, most_released=0)
+    with pytest.raises(RuntimeError, match="deadlock"):  # blocks do wait until images are read
+        backward()
+
+
 @pytest.mark.parametrize("z", [False, True])
 def test_sequences_do_not_depend_on_their_neighbours(emulated, z):
     """With batch_invariant, a row's gradients are the same bits alone and in a batch."""
