@@ -144,6 +144,10 @@ inline void mbarrier_wait(Mbarrier* b, uint32_t parity) {
   }
 }
 
+inline bool mbarrier_passed(Mbarrier* b, uint32_t parity) {
+  return emulation::passed(emulation::mbarrier_at(b, "mbarrier_passed"), parity);
+}
+
 template <int kRegisters>
 void setmaxnreg_inc() {
   emulation::set_registers(kRegisters, true);

@@ -278,8 +278,8 @@ template <int kPending>
 void wgmma_wait_group() {
   emulation::wait_products(kPending);
 }
-template <int N>
-void wgmma_fence_operand(float (&)[N]) {}
+template <class Register, int N>
+void wgmma_fence_operand(Register (&)[N]) {}
 
 inline uint64_t wgmma_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes) {
   return uint64_t((smem_address(tile) & 0x3FFFF) >> 4) | uint64_t(leading_bytes >> 4) << 16 |

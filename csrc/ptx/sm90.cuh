@@ -35,6 +35,11 @@ MAMBA2_DEVICE void mbarrier_wait(Mbarrier* b, uint32_t parity) {
   }
 }
 
+// Whether it would not have to wait.
+MAMBA2_DEVICE bool mbarrier_passed(Mbarrier* b, uint32_t parity) {
+  return cuda::ptx::mbarrier_test_wait_parity(b, parity);
+}
+
 // ---- copies by the asynchronous engines; coordinates innermost first, in elements ----
 MAMBA2_DEVICE void tma_load_3d(void* smem, const TensorMap* map, int c0, int c1, int c2,
                                Mbarrier* full) {
@@ -153,6 +158,13 @@ template <int N>
 MAMBA2_DEVICE void wgmma_fence_operand(float (&r)[N]) {
   MAMBA2_UNROLL
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
+}
+// The same of fragments that a product in flight reads: whoever asks for them behind the wait keeps
+// their registers until then. The assembler does so by itself only along simple ways.
+template <int N>
+MAMBA2_DEVICE void wgmma_fence_operand(const uint32_t (&r)[N]) {
+  MAMBA2_UNROLL
+  for (int i = 0; i < N; ++i) asm volatile("" ::"r"(r[i]) : "memory");
 }
 
 // Shared-memory matrix descriptor, 128-byte swizzle, tile base 1024-byte aligned.

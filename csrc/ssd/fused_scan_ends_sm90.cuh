@@ -5,9 +5,10 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <int kN, bool kPadded>
+template <class I>
 struct StateEnds {
-  static constexpr int kUnits = units_per_block(kN), kParts = parts_per_unit(kN);
+  using T = typename I::T;
+  static constexpr int kN = I::kN, kUnits = I::kUnits, kParts = I::kParts;
   static constexpr int kColumns = kN / kParts;
   using State = float[kColumns / 2];  // (64 p, columns) of one unit, an accumulator
 
@@ -30,11 +31,11 @@ struct StateEnds {
   // and a load that is always made needs no register for whether it was.
   MAMBA2_DEVICE int channel(int r) const {
     const int p = unit.p_block * kP + me.row(r);
-    return kPadded && p >= args.p ? args.p - 1 : p;
+    return !I::kPlain && p >= args.p ? args.p - 1 : p;
   }
   // Whether the columns of elements e and e + 1 are the tensors', and not what pads n to 64.
   MAMBA2_DEVICE bool has_columns(int e) const {
-    return !kPadded || kN > 64 || me.column(e / 4) < args.n;
+    return I::kPlain || kN > 64 || me.column(e / 4) < args.n;
   }
   MAMBA2_DEVICE int64_t state_offset(int i_seq, int e) const {  // into (nseq, h, p, n)
     const int p = channel((e >> 1) & 1), n = part * kColumns + me.column(e / 4);
@@ -52,21 +53,34 @@ struct StateEnds {
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; ++e) S[e] = 0.f;
   }
-  // S + decay (what the sequence starts from)
+  // S + decay (what the sequence starts from), two columns at a time.
+  static MAMBA2_DEVICE float2 pair_at(const float* from) {
+    return *reinterpret_cast<const float2*>(from);
+  }
+  static MAMBA2_DEVICE float2 pair_at(const T* from) {
+    return unpack2<T>(*reinterpret_cast<const uint32_t*>(from));
+  }
+  template <class Element>
   MAMBA2_DEVICE void add_initial_state(State& S, int i_seq, float decay) const {
-    if (!args.initial_states || !unit.active) return;
+    const auto* states = static_cast<const Element*>(args.initial_states.ptr);
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; e += 2) {
       if (!has_columns(e)) continue;  // they stay zero, as those of B and C
-      const int64_t at = state_offset(i_seq, e);
-      S[e] = fmaf(decay, mamba2::load<float>(args.initial_states, at), S[e]);
-      S[e + 1] = fmaf(decay, mamba2::load<float>(args.initial_states, at + 1), S[e + 1]);
+      const float2 v = pair_at(states + state_offset(i_seq, e));
+      S[e] = fmaf(decay, v.x, S[e]), S[e + 1] = fmaf(decay, v.y, S[e + 1]);
     }
+  }
+  MAMBA2_DEVICE void add_initial_state(State& S, int i_seq, float decay) const {
+    if (!args.initial_states || !unit.active) return;
+    if (I::parameter(args.initial_states).dtype == DType::f32)
+      add_initial_state<float>(S, i_seq, decay);
+    else
+      add_initial_state<T>(S, i_seq, decay);
   }
   MAMBA2_DEVICE void finish_sequence(const State& S, int i_seq) const {
     MAMBA2_UNROLL
     for (int e = 0; e < kColumns / 2; e += 2)
-      if (!kPadded || (exists((e >> 1) & 1) && has_columns(e)))
+      if (I::kPlain || (exists((e >> 1) & 1) && has_columns(e)))
         *reinterpret_cast<float2*>(args.final_states + state_offset(i_seq, e)) =
             make_float2(S[e], S[e + 1]);
   }
@@ -110,23 +124,10 @@ struct StateEnds {
   MAMBA2_DEVICE void begin_task(const StageInfo& info) {
     unit = unit_of<kUnits>(args, info.pair, half);
     if (!args.D || !unit.active) return;
-    if (args.D_per_channel) {
-      D[0] = mamba2::load<float>(args.D, int64_t(unit.head) * args.p + channel(0));
-      D[1] = mamba2::load<float>(args.D, int64_t(unit.head) * args.p + channel(1));
-    } else {
-      D[0] = D[1] = mamba2::load<float>(args.D, unit.head);
-    }
-  }
-  MAMBA2_DEVICE void enter_run(State& S, const StageInfo& info) {
-    const bool begins = info.flags & kBeginsSequence;
-    if (args.schedule == Schedule::prefixes && !begins) return;  // sum_up has begun it
-    if (info.flags & kBeginsTask) begin_task(info);
-    if (begins) {
-      clear(S);
-      add_initial_state(S, info.i_seq, 1.f);
-    } else {
-      load_carry(S, info);
-    }
+    const AnyFloat values = I::parameter(args.D);
+    const int first = args.D_per_channel ? unit.head * args.p + channel(0) : unit.head;
+    const int second = args.D_per_channel ? unit.head * args.p + channel(1) : unit.head;
+    D[0] = mamba2::load<float>(values, first), D[1] = mamba2::load<float>(values, second);
   }
   MAMBA2_DEVICE void leave_run(const State& S, const StageInfo& info) {
     unit = unit_of<kUnits>(args, info.pair, half);  // again: no register holds it meanwhile
@@ -139,16 +140,13 @@ struct StateEnds {
   }
   // What a run adds is complete, and also how much it lets through. ssd_segment_state: it was a
   // whole sequence.
-  MAMBA2_DEVICE void finish_sum(State& S, const StageInfo& info, float through_log2) const {
-    if (!unit.active) return;
-    const bool begins = info.flags & kBeginsSequence;
-    if (begins) add_initial_state(S, info.i_seq, ptx::ex2(through_log2));
-    if (args.schedule == Schedule::prefixes) return;  // the run that follows it takes S
-    if (args.final_states) return finish_sequence(S, info.i_seq);
+  MAMBA2_DEVICE void finish_sum(const State& S, const StageInfo& info, float through_log2) const {
+    if (!unit.active || args.schedule == Schedule::prefixes) return;  // its run takes S
+    if (!I::kPlain && args.final_states) return finish_sequence(S, info.i_seq);
     store_carry(S, info);
     if (thread == 0 && part == 0)
       args.through_log2[int64_t(info.slot) * args.units + unit.index] =
-          begins ? -1e30f : through_log2;
+          info.flags & kBeginsSequence ? -1e30f : through_log2;
   }
 };
 

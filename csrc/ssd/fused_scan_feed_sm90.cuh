@@ -7,15 +7,17 @@ namespace mamba2::ssd::sm90 {
 
 // One warp, all of whose values are uniform; one lane acts. What a chunk costs it is what a stage
 // arrives later, and in a sum what the chunk takes.
-template <class T, int kN, bool kGate, int kStages>
+template <class I>
 struct Loader {
-  static constexpr int kUnits = units_per_block(kN);
-  using Smem = FusedScanSmem<T, kN, kGate, kStages>;
+  using T = typename I::T;
+  static constexpr int kN = I::kN, kUnits = I::kUnits, kStages = stages_of<I>();
+  static constexpr bool kGate = I::kGate;
+  using Smem = SmemOf<I>;
   const FusedScanArgs& args;
   Smem& s;
   tile::RingPosition<kStages> at;
   tile::RingPosition<kTaskSlots> published;
-  int announced;  // the last ticket; < 0: the next one is still to come
+  int announced = -1;  // the last ticket; < 0: the next one is still to come
 
   // All of a stage's bytes are expected and asked for; `full` still wants the loader's arrival.
   MAMBA2_DEVICE void load(const Unit (&units)[kUnits], int row, int token, bool backwards) {
@@ -37,41 +39,34 @@ struct Loader {
         ptx::tma_load_4d(stage.z[half], &args.z, u.p_block * kP, u.head, token, row, full);
     }
   }
-  static MAMBA2_DEVICE int flags_of(const Walk& walk, const Chunk& next) {
+  static MAMBA2_DEVICE int flags_of(const Walk<I>& walk, const Chunk& next) {
     return (walk.i == walk.first() ? kBeginsTask : 0) | (next.i_seq < 0 ? kEndsTask : 0) |
            (walk.task.backwards ? kBackwards : 0) | (walk.chunk.i_c == 0 ? kBeginsSequence : 0) |
            (walk.chunk.is_last ? kEndsSequence : 0);
   }
   MAMBA2_DEVICE int kept_at(const Chunk& c) const {
     static_assert(kKeptQ == 2 * kQ, "every second state is kept");
-    return args.kept_states ? 2 * args.kept_chunking.first(c.i_seq) + c.i_c : 1;
+    return args.kept_states ? 2 * I::chunking(args, true).first(c.i_seq) + c.i_c : 1;
   }
   static MAMBA2_DEVICE Unit uniform(const Unit& u) {
     return {tile::uniform(u.index), tile::uniform(u.head), tile::uniform(u.p_block),
             tile::uniform(u.group), tile::uniform(u.active) != 0};
   }
-  MAMBA2_DEVICE void run_task(int ticket) {
-    Walk walk;
-    walk.begin(args, ticket);
+  // walk's chunk into the next stage, which its readers have left.
+  MAMBA2_DEVICE void fill(const Walk<I>& walk, const Unit (&units)[kUnits], const Chunk& next) {
+    const Chunk& c = walk.chunk;
     const Task& task = walk.task;
-    Unit units[kUnits] = {uniform(unit_of<kUnits>(args, task.pair, 0))};
-    if constexpr (kUnits > 1) units[1] = uniform(unit_of<kUnits>(args, task.pair, 1));
-    while (walk.exists()) {
-      const Chunk c = walk.chunk, next = walk.following(args);
-      const int row = tile::uniform(c.row), token = tile::uniform(c.token);
-      s.ring.wait_empty(at);
-      __syncwarp();  // no lane looks at a barrier that has gone on since
-      if (ptx::elect_sync()) {
-        load(units, row, token, task.backwards);
-        s.info[at.stage] = {
-            flags_of(walk, next), c.row,     c.token, c.count, c.i_seq, task.pair, task.slot,
-            task.segment,         kept_at(c)};
-        s.ring.fill(at);
-      }
-      at.advance();
-      walk.go_to(next);
-      if (announced < 0 && (at.stage == 0 || !walk.exists())) announce_after(ticket);
+    const int row = tile::uniform(c.row), token = tile::uniform(c.token);
+    s.ring.wait_empty(at);
+    __syncwarp();  // no lane looks at a barrier that has gone on since
+    if (ptx::elect_sync()) {
+      load(units, row, token, task.backwards);
+      s.info[at.stage] = {
+          flags_of(walk, next), c.row,     c.token, c.count, c.i_seq, task.pair, task.slot,
+          task.segment,         kept_at(c)};
+      s.ring.fill(at);
     }
+    at.advance();
   }
   MAMBA2_DEVICE int take_after(int ticket) const {
     const bool takes = threadIdx.x % 32 == 0;  // the lane whose values are uniform()
@@ -81,7 +76,7 @@ struct Loader {
   // The next task that has chunks, or that there is none.
   MAMBA2_DEVICE void announce_after(int ticket) {
     do announced = take_after(ticket), ticket = announced;
-    while (args.chunking.table && ticket < args.tasks && !has_chunks(task_of(args, ticket)));
+    while (I::packed(args) && ticket < args.tasks && !has_chunks(task_of<I>(args, ticket)));
     s.tickets_ring.wait_empty(published);
     __syncwarp();
     if (ptx::elect_sync()) {
@@ -97,16 +92,29 @@ struct Loader {
   // (The first task's first stages are free: there, what comes next is found when they are filled.)
   MAMBA2_DEVICE void run() {
     static_assert(kStages >= 2, "see above");
-    ptx::prefetch_tensormap(&args.B);
-    ptx::prefetch_tensormap(&args.C);
-    ptx::prefetch_tensormap(&args.x);
     ptx::griddepcontrol_wait();  // what the scanners read themselves comes after these loads
-    announce_after(-1);
-    for (bool first = true; announced < args.tasks; first = false) {
-      const int ticket = announced;
-      announced = -1;
-      if (!first) announce_after(ticket);
-      run_task(ticket);
+    Walk<I> walk;
+    Unit units[kUnits];
+    int ticket = -1;
+    announced = known_ticket<I>(args);
+    bool first_stages = false;  // are being filled
+    walk.chunk.i_seq = -1;
+    for (;;) {
+      if (announced < 0 && !first_stages) announce_after(ticket);
+      if (!walk.exists()) {
+        if (announced >= args.tasks) break;
+        first_stages = ticket < 0;
+        ticket = announced, announced = -1;
+        walk.begin(args, ticket);
+        MAMBA2_UNROLL
+        for (int half = 0; half < kUnits; ++half)
+          units[half] = uniform(unit_of<kUnits>(args, walk.task.pair, half));
+        continue;
+      }
+      const Chunk next = walk.following(args);
+      fill(walk, units, next);
+      walk.go_to(next);
+      if (at.stage == 0 || !walk.exists()) first_stages = false;
     }
     s.ring.wait_empty(at);
     __syncwarp();
@@ -123,15 +131,16 @@ struct Loader {
 //   diagonal: with 2^(a_i - a_e) of the row, both factors are at most 1.
 // kBuffers warps take chunks in turn, each for a buffer of weights of its own, so that dt of a
 // warp's next chunk has the time of two chunks to arrive. A lane has tokens 2 lane and 2 lane + 1.
-template <class T, int kN, bool kGate, int kStages>
+template <class I>
 struct Decays {
-  static constexpr int kUnits = units_per_block(kN);
-  using Smem = FusedScanSmem<T, kN, kGate, kStages>;
+  using T = typename I::T;
+  static constexpr int kUnits = I::kUnits, kStages = stages_of<I>();
+  using Smem = SmemOf<I>;
   static_assert(kQ == 64, "two tokens a lane");
   const FusedScanArgs& args;
   Smem& s;
   const int buffer, lane;
-  Walk walk{};
+  Walk<I> walk{};
   tile::RingPosition<kTaskSlots> tickets;
   bool more = true;  // walk is at a chunk, or before the first
   struct HalfInputs {
@@ -145,17 +154,22 @@ struct Decays {
     bool backwards = false;
   };
   int head[kUnits] = {};
-  Inputs next;  // of walk's chunk, dt on its way
+  int known = -1;  // a ticket that was not announced
+  Inputs next;     // of walk's chunk, dt on its way
 
   MAMBA2_DEVICE Decays(const FusedScanArgs& args, Smem& s, int buffer, int lane)
       : args(args), s(s), buffer(buffer), lane(lane) {}
 
   MAMBA2_DEVICE void begin_tasks() {  // up to one that has chunks
     while (more && !walk.exists()) {
-      s.tickets_ring.wait_full(tickets);
-      const int ticket = s.tickets[tickets.stage];
-      s.tickets_ring.release(tickets);
-      tickets.advance();
+      int ticket = known;
+      known = -1;
+      if (ticket < 0) {
+        s.tickets_ring.wait_full(tickets);
+        ticket = s.tickets[tickets.stage];
+        s.tickets_ring.release(tickets);
+        tickets.advance();
+      }
       more = ticket < args.tasks;
       if (!more) return;
       walk.begin(args, ticket);
@@ -165,7 +179,7 @@ struct Decays {
         head[half] = half > 0 && !unit.active ? head[0] : unit.head;  // idle: any that exists
       }
       // Loads of different lanes, so that one latency is all that it takes.
-      const AnyFloat &A = args.steps.A, &bias = args.steps.dt_bias;
+      const AnyFloat A = I::steps(args).A, bias = I::steps(args).dt_bias;
       const bool is_bias = (lane & kUnits) != 0;
       const AnyFloat from{is_bias ? bias.ptr : A.ptr, is_bias ? bias.dtype : A.dtype};
       const int i_h = lane & (kUnits - 1) ? head[kUnits - 1] : head[0];
@@ -185,16 +199,17 @@ struct Decays {
   }
   MAMBA2_DEVICE void fetch() {
     if (!more) return;
+    const StepInputs steps = I::steps(args);
     const Chunk& c = walk.chunk;
     MAMBA2_UNROLL
     for (int k = 0; k < 2; ++k) {
       const int t = 2 * lane + k < c.count ? 2 * lane + k : c.count - 1;
-      const int64_t at = c.row * args.steps.dt.b + int64_t(c.token + t) * args.steps.dt.l;
+      const int64_t at = c.row * steps.dt.b + int64_t(c.token + t) * steps.dt.l;
       MAMBA2_UNROLL
       for (int half = 0; half < kUnits; ++half)
         next.of[half].dt_bits[k] =
-            load_bits(args.steps.dt.ptr, args.steps.dt_dtype, at + head[half] * args.steps.dt.h);
-      if (args.steps.seq_idx) next.reset[k] = resets(args.steps, c.row, c.token + t);
+            load_bits(steps.dt.ptr, steps.dt_dtype, at + head[half] * steps.dt.h);
+      if (steps.seq_idx) next.reset[k] = resets(steps, c.row, c.token + t);
     }
     next.count = c.count, next.backwards = walk.task.backwards;
   }
@@ -204,12 +219,13 @@ struct Decays {
   MAMBA2_DEVICE Sums sums_of(const HalfInputs& in, int half, float parameter,
                              const bool (&reset)[2], int count) const {
     Sums sums;
+    const StepInputs steps = I::steps(args);
     const float A = __shfl_sync(~0u, parameter, half);
     const float bias = __shfl_sync(~0u, parameter, kUnits + half);
     MAMBA2_UNROLL
     for (int k = 0; k < 2; ++k) {
-      const float dt = float_of_bits(args.steps.dt_dtype, in.dt_bits[k]);
-      const Step step = fast_step_of(args.steps, dt, bias, A, reset[k]);
+      const float dt = float_of_bits(steps.dt_dtype, in.dt_bits[k]);
+      const Step step = fast_step_of(steps, dt, bias, A, reset[k]);
       sums.delta[k] = 2 * lane + k < count ? step.delta : 0.f;
       sums.a[k] = 2 * lane + k < count ? step.a_log2 : 0.f;
     }
@@ -238,6 +254,7 @@ struct Decays {
   MAMBA2_DEVICE void run() {
     ptx::griddepcontrol_wait();
     walk.chunk.i_seq = -1;
+    known = known_ticket<I>(args);
     tile::RingPosition<kBuffers> to{buffer};
     bool fetched = false;
     for (int skip = buffer + 1;; skip = kBuffers) {
@@ -265,16 +282,17 @@ struct Decays {
 
 // One warp: y of both units to global memory, by bulk stores, or row by row where a neighbour
 // follows.
-template <class T, int kN, bool kGate, int kStages, bool kPadded>
+template <class I>
 struct Storer {
-  static constexpr int kUnits = units_per_block(kN);
-  using Smem = FusedScanSmem<T, kN, kGate, kStages>;
+  using T = typename I::T;
+  static constexpr int kUnits = I::kUnits, kStages = stages_of<I>();
+  using Smem = SmemOf<I>;
   const FusedScanArgs& args;
   Smem& s;
   const int lane;
 
   MAMBA2_DEVICE void store(const StageInfo& info, const Unit& unit, const T* tile) const {
-    if (!args.chunking.table || info.count == kQ) {
+    if (!I::packed(args) || info.count == kQ) {
       if (lane > 0) return;
       ptx::tma_store_4d(&args.y, unit.p_block * kP, unit.head, info.token, info.row, tile);
       ptx::bulk_commit_group();
@@ -284,7 +302,7 @@ struct Storer {
            unit.p_block * kP;
     MAMBA2_NO_UNROLL
     for (int i = lane; i < info.count * 8; i += 32) {
-      if (kPadded && unit.p_block * kP + i % 8 * 8 >= args.p) continue;
+      if (!I::kPlain && unit.p_block * kP + i % 8 * 8 >= args.p) continue;
       *reinterpret_cast<uint4*>(y + i / 8 * args.y_out.l + i % 8 * 8) =
           *static_cast<const uint4*>(tile::panel_address(tile, i / 8, i % 8 * 8));
     }

@@ -8,10 +8,13 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kGate, int kStages, bool kPadded>
-struct Scanner : StateEnds<kN, kPadded> {
-  using Smem = FusedScanSmem<T, kN, kGate, kStages>;
-  using Ends = StateEnds<kN, kPadded>;
+template <class I>
+struct Scanner : StateEnds<I> {
+  using T = typename I::T;
+  using Smem = SmemOf<I>;
+  using Ends = StateEnds<I>;
+  static constexpr int kN = I::kN, kStages = stages_of<I>();
+  static constexpr bool kGate = I::kGate;
   using Ends::args, Ends::unit, Ends::half, Ends::part, Ends::thread, Ends::me, Ends::D;
   using Ends::kUnits, Ends::kParts, Ends::kColumns;
   using typename Ends::State;
@@ -134,8 +137,7 @@ struct Scanner : StateEnds<kN, kPadded> {
     ptx::wgmma_commit_group();
   }
   // S + (weighted x) B^T: issued, not waited for.
-  MAMBA2_DEVICE void add_inputs(State& S, const Tokens& weighted,
-                                const Stage<T, kN, kGate>& stage) const {
+  MAMBA2_DEVICE void add_inputs(State& S, const Tokens& weighted, const StageOf<I>& stage) const {
     ptx::wgmma_fence();
     MAMBA2_UNROLL
     for (int i = 0; i < kParts; ++i)
@@ -156,8 +158,8 @@ struct Scanner : StateEnds<kN, kPadded> {
   }
   // The state after the chunk, and y of the own tokens in Y[0]; Y = S C^T is on its way.
   MAMBA2_DEVICE void add_chunk(State& S, Output (&Y)[kParts], const Tokens& x,
-                               const Stage<T, kN, kGate>& stage,
-                               const tile::RingPosition<kBuffers>& from, OwnDecays& decays) {
+                               const StageOf<I>& stage, const tile::RingPosition<kBuffers>& from,
+                               OwnDecays& decays) {
     const auto& weights = s.weights[from.stage];
     const float chunk_decay = weights.row_decay[half].last();
     Tokens x_weighted;
@@ -181,7 +183,7 @@ struct Scanner : StateEnds<kN, kPadded> {
   }
   // What is left to do for y.
   MAMBA2_DEVICE void keep(Before& before, Output& Y, const OwnDecays& decays,
-                          const Stage<T, kN, kGate>& stage) const {
+                          const StageOf<I>& stage) const {
     OwnTokens z;
     if constexpr (kGate)
       tile::load_transposed<kTokens / 16>(z, stage.z[half] + first_token(0) * kP, me);
@@ -220,7 +222,7 @@ struct Scanner : StateEnds<kN, kPadded> {
   MAMBA2_DEVICE void weigh_backwards(Tokens& weighted, const T* s_x,
                                      tile::RingPosition<kBuffers>& from, float& through_log2) {
     const auto& weights = s.weights[from.stage];
-    if (args.chunking.table) s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
+    if (I::packed(args)) s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
     Tokens x;
     load_tokens(x, s_x);
     s.weights_ring.wait_full(from);
@@ -229,34 +231,61 @@ struct Scanner : StateEnds<kN, kPadded> {
     s.weights_ring.release(from);
     from.advance();
   }
-  // What the tasks add whose chunks come backwards, up to a stage of another: a chunk's product
-  // runs while the next chunk's x is weighed. It is waited for in the same turn of the loop: only
-  // so far does the assembler keep the registers that it reads.
-  MAMBA2_DEVICE void sum_up(State& S, tile::RingPosition<kStages>& at,
-                            tile::RingPosition<kBuffers>& from) {
+  // S + what a task adds whose chunks come backwards, up to its last one; returns log2 of what it
+  // lets through. A chunk's product runs while the next chunk's x is weighed, where nothing has to
+  // be waited for first: a stage that is kept meanwhile would itself come back later.
+  MAMBA2_DEVICE float sum_up(State& S, tile::RingPosition<kStages>& at,
+                             tile::RingPosition<kBuffers>& from) {
     Tokens weighted, next;
-    while (tile::uniform(s.info[at.stage].flags) & kBackwards) {
-      this->begin_task(s.info[at.stage]);
-      this->clear(S);
-      float through_log2 = 0.f;  // from behind the chunk to the run's end
-      weigh_backwards(weighted, s.stage[at.stage].x[half], from, through_log2);
-      for (;;) {
-        const auto now = at;
-        const bool more = !(tile::uniform(s.info[now.stage].flags) & kEndsTask);
-        add_inputs(S, weighted, s.stage[now.stage]);
-        if (more) {
-          at.advance();
-          s.ring.wait_full(at);
-          weigh_backwards(next, s.stage[at.stage].x[half], from, through_log2);
+    float through_log2 = 0.f;  // from behind the chunk to the run's end
+    weigh_backwards(weighted, s.stage[at.stage].x[half], from, through_log2);
+    for (;;) {
+      const auto now = at;
+      const bool more = !(tile::uniform(s.info[now.stage].flags) & kEndsTask);
+      bool held = more;
+      add_inputs(S, weighted, s.stage[now.stage]);
+      if (more) {
+        at.advance();
+        const bool waits = !s.ring.is_full(at) || !s.weights_ring.is_full(from);
+        if (tile::uniform(waits)) {  // all lanes go one way
+          ptx::wgmma_wait_group<0>();
+          s.ring.release(now);
+          held = false;
         }
-        ptx::wgmma_wait_group<0>();
-        ptx::wgmma_fence_operand(S);
-        if (!more) break;
-        s.ring.release(now);
-        MAMBA2_UNROLL
-        for (int i = 0; i < kQ / 4; ++i) (&weighted[0][0])[i] = (&next[0][0])[i];
+        s.ring.wait_full(at);
+        weigh_backwards(next, s.stage[at.stage].x[half], from, through_log2);
       }
-      this->finish_sum(S, s.info[at.stage], through_log2);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(S);
+      MAMBA2_UNROLL
+      for (int i = 0; i < kParts; ++i) ptx::wgmma_fence_operand(weighted[i]);
+      if (!more) return through_log2;
+      if (held) s.ring.release(now);
+      MAMBA2_UNROLL
+      for (int i = 0; i < kQ / 4; ++i) (&weighted[0][0])[i] = (&next[0][0])[i];
+    }
+  }
+  // The state that enters a run whose first stage is at hand, and before it the tasks that are only
+  // sums. False: nothing follows. One copy of each step for sums and runs: what does not run still
+  // lies between what does, and makes it miss the instruction cache.
+  MAMBA2_DEVICE bool enter(State& S, tile::RingPosition<kStages>& at,
+                           tile::RingPosition<kBuffers>& from) {
+    for (;;) {
+      const int flags = tile::uniform(s.info[at.stage].flags);
+      if (flags & kExit) return false;
+      const bool sums = (flags & kBackwards) != 0;
+      if (!sums && args.schedule == Schedule::prefixes && !(flags & kBeginsSequence))
+        return true;  // the sum before it is in the registers
+      this->clear(S);
+      const float through_log2 = sums ? sum_up(S, at, from) : 0.f;
+      const StageInfo& info = s.info[at.stage];
+      if (info.flags & (kBackwards | kBeginsTask)) this->begin_task(info);
+      if (info.flags & kBeginsSequence)
+        this->add_initial_state(S, info.i_seq, ptx::ex2(through_log2));
+      else if (!(info.flags & kBackwards))
+        this->load_carry(S, info);
+      if (!(info.flags & kBackwards)) return true;
+      this->finish_sum(S, info, through_log2);
       s.ring.release(at);
       at.advance();
       s.ring.wait_full(at);
@@ -276,21 +305,17 @@ struct Scanner : StateEnds<kN, kPadded> {
       if (enters) {
         if (y_waits) hand_over(before, to);
         y_waits = false;
-        sum_up(S, at, from);
+        if (!enter(S, at, from)) return;
+        kept_at = tile::uniform(s.info[at.stage].kept_at);
       }
       const auto& info = s.info[at.stage];
       const auto& stage = s.stage[at.stage];
-      if (enters) {
-        if (tile::uniform(info.flags) & kExit) return;
-        this->enter_run(S, info);
-        kept_at = tile::uniform(info.kept_at);
-      }
       Output Y[kParts];
       Tokens x;
       OwnDecays decays;
       read_state(Y, S, stage.C, kept_at);
       if (y_waits) hand_over(before, to);
-      if (kParts == 1 || args.chunking.table)
+      if (kParts == 1 || I::packed(args))
         s.weights_ring.wait_full(from);  // the scorer has cleared x's tail
       load_tokens(x, stage.x[half]);
       if (kParts > 1) s.decays_ring.wait_full(from);

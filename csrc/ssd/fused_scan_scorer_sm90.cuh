@@ -5,10 +5,11 @@
 
 namespace mamba2::ssd::sm90 {
 
-template <class T, int kN, bool kGate, int kStages>
+template <class I>
 struct Scorer {
-  static constexpr int kUnits = units_per_block(kN);
-  using Smem = FusedScanSmem<T, kN, kGate, kStages>;
+  using T = typename I::T;
+  static constexpr int kN = I::kN, kUnits = I::kUnits, kStages = stages_of<I>();
+  using Smem = SmemOf<I>;
   using Scores = float[kQ / 2];
   const FusedScanArgs& args;
   Smem& s;
@@ -19,7 +20,7 @@ struct Scorer {
       : args(args), s(s), thread(thread), me(thread) {}
 
   // Rows behind a packed sequence's end are the next sequence's: its NaN times 0 would be NaN.
-  MAMBA2_DEVICE void clear_tail(Stage<T, kN, kGate>& stage, int count) const {
+  MAMBA2_DEVICE void clear_tail(StageOf<I>& stage, int count) const {
     for (int panel = 0; panel < kN / 64; ++panel)
       tile::zero_rows<kQ>(stage.B + panel * kQ * 64, count, thread, tile::kWarpgroup);
     for (int half = 0; half < kUnits; ++half)
@@ -110,7 +111,7 @@ struct Scorer {
       const int flags = tile::uniform(info.flags);
       if (flags & kExit) return;
       auto& stage = s.stage[at.stage];
-      if (args.chunking.table && info.count < kQ) clear_tail(stage, info.count);
+      if (I::packed(args) && info.count < kQ) clear_tail(stage, info.count);
       if (flags & kBackwards) {
         s.decays_ring.wait_full(to);
         s.weights_ring.fill(to);

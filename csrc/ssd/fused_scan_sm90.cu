@@ -1,4 +1,4 @@
-// Instances of fused_scan (sm_90a) for p that 64 divides.
+// Plain instances of fused_scan (sm_90a), and the choice between them and the general ones.
 #include "fused_scan_launch_sm90.cuh"
 
 namespace mamba2::ssd::sm90 {
@@ -22,9 +22,8 @@ int clear_words(int* words, int count, void* stream) {
 
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, int sm_count, void* stream) {
   const Range range("fused_scan");
-  return args.p % kP == 0 && args.n == padded_n(args.n)
-             ? run_dtype<false>(args, dtype, gate, sm_count, stream)
-             : fused_scan_padded(args, dtype, gate, sm_count, stream);
+  return is_plain(args, dtype) ? run_dtype<true>(args, dtype, gate, sm_count, stream)
+                               : fused_scan_general(args, dtype, gate, sm_count, stream);
 }
 
 }  // namespace mamba2::ssd::sm90

@@ -29,7 +29,7 @@
 //   prefixes: few rows that do not fill the card: each is cut into few runs, and the block of a
 //             later run sums up itself, as pass one does, what comes before it in the row.
 // Shared memory: fused_scan_stages() x (B, C: 64 n each; x, z: 64 x 64 a unit), two buffers of
-// weights and of y: 218 KB at n = 128, 199 at n = 256. Registers: scorer 96, scanner 184.
+// weights and of y: 218 KB at n = 128, 199 at n = 256. Registers: scorer 88, scanner 192.
 // Bound: tensor pipe, HBM, shared memory and issue slots within 1.5x of each other; see
 // docs/kernels.md.
 // Not supported: p or n not a multiple of 8, n over 64 but 128 and 256, 32-bit types.
@@ -54,8 +54,8 @@ constexpr int parts_per_unit(int n) { return kScanners / units_per_block(n); }
 enum Role : int { kFeeders = 0, kScorer = 1, kFirstScanner = 2 };
 enum Feeder : int { kLoader = 0, kFirstDecays = 1, kStorer = kFirstDecays + kBuffers };  // warps
 // What one SM has: 512 registers for the four threads, one of each role, together.
-constexpr int feeder_registers(int n) { return units_per_block(n) > 1 ? 48 : 40; }
-constexpr int scorer_registers(int n) { return units_per_block(n) > 1 ? 96 : 72; }
+constexpr int feeder_registers(int n) { return 40; }
+constexpr int scorer_registers(int n) { return units_per_block(n) > 1 ? 88 : 72; }
 constexpr int scanner_registers(int n) {
   return (512 - feeder_registers(n) - scorer_registers(n)) / kScanners;
 }
@@ -65,30 +65,33 @@ enum class Schedule : int { tickets = kTickets, segments = kSegments, prefixes =
 struct FusedScanArgs {
   ptx::TensorMap x, z, y;  // (b, l, h, p): boxes of 64 tokens x 64 columns
   ptx::TensorMap B, C;     // (b, g, n / 64, l, 64): boxes of all columns of 64 tokens, as panels
+
+  // What tasks are. Every role asks for this first, so it lies together, in few lines of constants.
+  int* ticket;  // (1), or none: block i takes tasks i, i + blocks, ...
+  Schedule schedule;
+  int tasks, segment_chunks;
+  int prefixes;                // the first so many tasks sum up what comes before other tasks' runs
+  int run_ends[kMaxRuns];      // prefixes: of every row, chunks
+  int rows;                    // b, or packed sequences
+  bool pass_one;               // segments: this is it; ssd_segment_state: the only pass
+  int units, units_per_group;  // set_units()
+  Divisor p_blocks, pairs_per_group, pairs, rows_and_pairs;  // the last: all rows'
   Chunking chunking;
-  int rows;  // b, or packed sequences
-  int h, p, g, n;
   StepInputs steps;
-  AnyFloat D;
+
+  int h, p, g, n;
   bool D_per_channel;
+  AnyFloat D;
   AnyFloat initial_states;  // (nseq, h, p, n)
   float* final_states;      // (nseq, h, p, n), optional
   void* kept_states;        // (chunks of kept_chunking, units, 64 n)  T, images: for the backward
   Chunking kept_chunking;
-  StridedOut y_out;  // for ragged tails of packed sequences
-  Schedule schedule;
-  int tasks, segment_chunks;
-  bool pass_one;           // segments: this is it; ssd_segment_state: the only pass
-  int prefixes;            // the first so many tasks sum up what comes before other tasks' runs
-  int run_ends[kMaxRuns];  // prefixes: of every row, chunks
-  int* ticket;             // (1), or none: block i takes tasks i, i + blocks, ...
-  int* flags;              // (rows, parts, units): segments of the row that are done
-  float* carry;            // tickets: (rows, units, 64 n); segments: (segments, units, 64 n)
-  bool carry_is_sum;       // segments: what enters the run, and not what the run adds
-  float* through_log2;     // (segments, units): log2 of what a segment lets through
+  StridedOut y_out;     // for ragged tails of packed sequences
+  int* flags;           // (rows, parts, units): segments of the row that are done
+  float* carry;         // tickets: (rows, units, 64 n); segments: (segments, units, 64 n)
+  bool carry_is_sum;    // segments: what enters the run, and not what the run adds
+  float* through_log2;  // (segments, units): log2 of what a segment lets through
 
-  int units, units_per_group;                                // set_units()
-  Divisor p_blocks, pairs_per_group, pairs, rows_and_pairs;  // the last: all rows'
   void set_units() {
     p_blocks = Divisor(ceil_div(p, kP));
     units = h * p_blocks.value, units_per_group = units / g;
@@ -115,34 +118,83 @@ struct Task {
   bool backwards;           // from the last chunk to the first: only what they add to the state
 };
 MAMBA2_DEVICE bool has_chunks(const Task& task) { return task.begin < task.end; }
+
+// What an instance of the kernel knows when it is compiled. Plain is what models have: rows of
+// equal length with no resets inside, dt of x's type, fp32 parameters, p and n that fill their
+// tiles. The questions that it does not ask are a quarter of the code, and code is what the SM's
+// instruction cache has too little room for (docs/kernels.md). All else is one general instance.
+template <class Element, int kStateDim, bool kHasGate, bool kIsPlain>
+struct Instance {
+  using T = Element;
+  static constexpr int kN = kStateDim;
+  static constexpr bool kGate = kHasGate, kPlain = kIsPlain;
+  static constexpr int kUnits = units_per_block(kN), kParts = parts_per_unit(kN);
+
+  static MAMBA2_DEVICE Chunking chunking(const FusedScanArgs& args, bool kept = false) {
+    Chunking chunking = kept ? args.kept_chunking : args.chunking;
+    if (kPlain) chunking.table = nullptr;
+    return chunking;
+  }
+  static MAMBA2_DEVICE bool packed(const FusedScanArgs& args) {
+    return chunking(args).table != nullptr;
+  }
+  static MAMBA2_DEVICE StepInputs steps(const FusedScanArgs& args) {
+    StepInputs steps = args.steps;
+    if (kPlain) steps.seq_idx = nullptr, steps.dt_dtype = DTypeOf<T>::value;
+    steps.A = parameter(steps.A), steps.dt_bias = parameter(steps.dt_bias);
+    return steps;
+  }
+  static MAMBA2_DEVICE AnyFloat parameter(AnyFloat array) {
+    if (kPlain) array.dtype = DType::f32;
+    return array;
+  }
+};
+// Whether the plain instance can take this.
+inline bool is_plain(const FusedScanArgs& args, DType dtype) {
+  const auto is_f32 = [](const AnyFloat& array) { return !array || array.dtype == DType::f32; };
+  const StepInputs& steps = args.steps;
+  const bool sums_only = args.pass_one && args.final_states;  // ssd_segment_state
+  return args.p % kP == 0 && args.n == padded_n(args.n) && !args.chunking.table && !steps.seq_idx &&
+         steps.dt_dtype == dtype && is_f32(steps.A) && is_f32(steps.dt_bias) && is_f32(args.D) &&
+         is_f32(args.initial_states) && !sums_only;
+}
+
 // Schedule::prefixes: tickets are the prefixes of all rows' later runs, these runs, the first runs.
+template <class I>
 MAMBA2_DEVICE Task task_of_row(const FusedScanArgs& args, int ticket) {
   const bool prefix = ticket < args.prefixes;
   const int index = prefix ? ticket : ticket - args.prefixes, round = index / args.rows_and_pairs;
   const int pair = index % args.pairs, run = index < args.prefixes ? round + 1 : 0;
   const int row = (index / args.pairs) - round * args.rows;
-  const int chunk = args.chunking.first(row), start = run == 0 ? 0 : args.run_ends[run - 1];
+  const int chunk = I::chunking(args).first(row), start = run == 0 ? 0 : args.run_ends[run - 1];
   if (prefix) return {pair, row, run, chunk, chunk + start, true};
   return {pair, row, run, chunk + start, chunk + args.run_ends[run], false};
 }
+template <class I>
 MAMBA2_DEVICE Task task_of(const FusedScanArgs& args, int ticket) {
-  if (args.schedule == Schedule::prefixes) return task_of_row(args, ticket);
+  if (args.schedule == Schedule::prefixes) return task_of_row<I>(args, ticket);
   const int pair = ticket % args.pairs;
+  const Chunking chunking = I::chunking(args);
   if (args.schedule == Schedule::segments) {
     const int segment = ticket / args.pairs, begin = segment * args.segment_chunks;
-    const int end = min(begin + args.segment_chunks, args.chunking.first(args.rows));
+    const int end = min(begin + args.segment_chunks, chunking.first(args.rows));
     return {pair, segment, segment, begin, end, args.pass_one};
   }
   const int segment = ticket / args.rows_and_pairs;
   const int row = ticket / args.pairs - segment * args.rows;
-  const int begin = args.chunking.first(row) + segment * args.segment_chunks;
-  const int end = args.chunking.first(row) + args.chunking.count(row);
+  const int begin = chunking.first(row) + segment * args.segment_chunks;
+  const int end = chunking.first(row) + chunking.count(row);
   return {pair, row, segment, begin, min(begin + args.segment_chunks, end), args.pass_one};
 }
 // The tickets of a block. A prefix is followed by its run, which takes the sum from the registers.
 MAMBA2_DEVICE int first_ticket(const FusedScanArgs& args) {
   const int block = int(blockIdx.x);
   return block < args.prefixes ? block : block + args.prefixes;
+}
+// The first, where all roles know it at once: nobody hands it out, and its task has chunks. Or -1.
+template <class I>
+MAMBA2_DEVICE int known_ticket(const FusedScanArgs& args) {
+  return args.ticket || I::packed(args) ? -1 : first_ticket(args);
 }
 MAMBA2_DEVICE int ticket_after(const FusedScanArgs& args, int ticket) {
   if (ticket < args.prefixes) return ticket + args.prefixes;
@@ -151,20 +203,21 @@ MAMBA2_DEVICE int ticket_after(const FusedScanArgs& args, int ticket) {
 
 // The chunks of tasks one after another, for the warps that run ahead of the others. Backwards:
 // from a run's last chunk to its first, or to the first of the sequence that leaves it.
+template <class I>
 struct Walk {
   Task task;
   int i;
   Chunk chunk;  // i_seq < 0: the task has no more
   MAMBA2_DEVICE void begin(const FusedScanArgs& args, int ticket) {
-    task = task_of(args, ticket);
+    task = task_of<I>(args, ticket);
     i = first();
-    chunk = has_chunks(task) ? args.chunking.at(i) : Chunk{-1};
+    chunk = has_chunks(task) ? I::chunking(args).at(i) : Chunk{-1};
   }
   MAMBA2_DEVICE int first() const { return task.backwards ? task.end - 1 : task.begin; }
   MAMBA2_DEVICE bool exists() const { return chunk.i_seq >= 0; }
   MAMBA2_DEVICE Chunk following(const FusedScanArgs& args, int n = 1) const {
     const int left = task.backwards ? min(i - task.begin, chunk.i_c) : task.end - 1 - i;
-    return n <= left ? args.chunking.after(chunk, i, task.backwards ? -n : n) : Chunk{-1};
+    return n <= left ? I::chunking(args).after(chunk, i, task.backwards ? -n : n) : Chunk{-1};
   }
   MAMBA2_DEVICE void go_to(const Chunk& following, int n = 1) {
     chunk = following, i += task.backwards ? -n : n;
@@ -257,5 +310,14 @@ constexpr int fused_scan_stages() {
     if (s * int(sizeof(Stage<T, kN, kGate>)) + rest <= 227 * 1024) return s;
   return 1;
 }
+
+template <class I>
+constexpr int stages_of() {
+  return fused_scan_stages<typename I::T, I::kN, I::kGate>();
+}
+template <class I>
+using SmemOf = FusedScanSmem<typename I::T, I::kN, I::kGate, stages_of<I>()>;
+template <class I>
+using StageOf = Stage<typename I::T, I::kN, I::kGate>;
 
 }  // namespace mamba2::ssd::sm90

@@ -6,9 +6,9 @@ namespace mamba2::ssd::sm90 {
 
 // One pass over all tasks.
 int fused_scan(const FusedScanArgs& args, DType dtype, bool gate, int sm_count, void* stream);
-// The same where 64 does not divide p, or n is less; fused_scan calls it.
-int fused_scan_padded(const FusedScanArgs& args, DType dtype, bool gate, int sm_count,
-                      void* stream);
+// The same for what is not plain (fused_scan_sm90.cuh); fused_scan calls it.
+int fused_scan_general(const FusedScanArgs& args, DType dtype, bool gate, int sm_count,
+                       void* stream);
 
 // Sets tickets and flags to 0 before a fused_scan that has some.
 int clear_words(int* words, int count, void* stream);

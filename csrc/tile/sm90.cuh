@@ -190,6 +190,9 @@ struct Ring {
   MAMBA2_DEVICE void wait_full(const Position& at) {
     ptx::mbarrier_wait(&full[at.stage], at.phase);
   }
+  MAMBA2_DEVICE bool is_full(const Position& at) {
+    return ptx::mbarrier_passed(&full[at.stage], at.phase);
+  }
   MAMBA2_DEVICE void wait_empty(const Position& at) {
     ptx::mbarrier_wait(&empty[at.stage], at.phase ^ 1);
   }
