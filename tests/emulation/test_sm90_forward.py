@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from cases import Case
-from common import check, run_ops
+from cases import Case, make_inputs
+from common import check, op_arguments, run_ops
 
 # Plans that force tier sm90 and a schedule.
 TICKETS, SEGMENTS, PREFIXES = 3 | 1 << 4, 3 | 2 << 4, 3 | 3 << 4
@@ -88,6 +88,19 @@ def test_another_tier_runs_the_backward(emulated, p, n):
     """Unforced, and asked to keep states, of which this forward has none to give."""
     case = dataclasses.replace(BASE, l=70, p=p, n=n, save_states=True)
     check(run_ops(emulated.ops), case)
+
+
+@pytest.mark.parametrize("n, plan", [(64, PREFIXES), (128, TICKETS), (256, SEGMENTS)])
+def test_plain_and_general_instances_agree(emulated, n, plan):
+    """A in bf16 is what the plain instance does not take. The numbers are the same, and so are the
+    bits."""
+    case = dataclasses.replace(BASE, l=200, h=3, n=n, z=n > 64, initial_states="working", seed=43)
+    inputs, seen = make_inputs(case), []
+    for A in (inputs["A"].bfloat16().float(), inputs["A"].bfloat16()):
+        emulated.schedule(seed=5, timing="random", sms=5)
+        tensors, options = op_arguments(inputs | {"A": A})
+        seen.append(emulated.ops.ssd_scan_forward(*tensors, *options, True, False, plan)[:2])
+    assert all(torch.equal(plain, general) for plain, general in zip(*seen))
 
 
 def test_packed_with_nothing_between(emulated):
