@@ -2,7 +2,8 @@
 # What is checked and measured on a GPU, in stages that each end within minutes:
 #   bench/gpu_check.sh STAGE...
 #     smoke      the library loads; every tier on a few small problems
-#     tests      pytest, with the stamp that bench wants      ($PYTEST_ARGS)
+#     tests      pytest, what wants a GPU, with the stamp that bench wants: a minute on 14 cores
+#                                                             ($PYTEST_ARGS instead)
 #     sanitize   compute-sanitizer on small problems, each tool and tier a process of its own, all
 #                at once                                     ($SANITIZERS, $TARGETS, $SECONDS_EACH)
 #     bench      times and ratios                             ($BENCH_ARGS of bench.run)
@@ -30,7 +31,9 @@ $PY -c 'import mamba2_cuda._C' 2>/dev/null ||
 
 smoke() { $PY -m bench.smoke; }
 
-tests() { $PY -m pytest -p bench.stamp -q --tb=short ${PYTEST_ARGS:-}; }
+tests() {
+  $PY -m pytest -p bench.stamp -q --tb=short ${PYTEST_ARGS:---ignore tests/emulation -m gpu -n 14}
+}
 
 # One run of one tool: its log, and a line that says how it ended.
 sanitize_one() {

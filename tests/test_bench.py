@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
-from bench import figure, model, ncu_table, rows, run, stamp, tables
+from bench import compare, figure, model, ncu_table, rows, run, stamp, tables
 from bench.rivals import Implementation
-from bench.shapes import LENGTH_SWEEP, SHAPES, STATE_SWEEP, over_ops
+from bench.shapes import LENGTH_SWEEP, SHAPES, STATE_SWEEP, Shape, over_ops
 from mamba2_cuda._explain import floor_bytes, flops
+from mamba2_cuda._load import load_ops
 
 # Bytes per token at p 64, n 128, h 80, g 1, bf16, and FLOPs per token-head, counted by hand.
 TOKEN_BYTES = {"fwd": 21_152, "bwd": 32_064}
@@ -235,3 +237,19 @@ def test_tables_follow_the_newest_rows(tmp_path, monkeypatch):
     step = row(op="train_step", ms=40.0) | {"shape": "130m_b8_l2k", "tokens_per_s": 409600}
     rows.add(tmp_path / "h200_model.json", [step | {"peak_bytes": 12 * 10**9}])
     assert "| training step | 130m b8 l2k | 40.00 | 409,600 | 12.0 |  |" in tables.model()
+
+
+@pytest.mark.parametrize("op", compare.OPS)
+def test_builds_stand_side_by_side(tmp_path, op):
+    """A copy of the library whose operators lie in a namespace of their own does the same."""
+    other = compare.operators(load_ops(), 1 + compare.OPS.index(op), tmp_path)
+    shape = Shape("small", 1, 70, 2, 16, 1, 16)
+    calls = [compare.call_of(ops, shape, op, "cpu") for ops in (torch.ops.mamba2_cuda, other)]
+    assert other.name != torch.ops.mamba2_cuda.name
+    assert all(map(torch.equal, *(call() for call in calls)))
+
+
+def test_builds_are_compared_with_the_first():
+    assert compare.line([2.0, 1.9, 2.2], [True, True, False]) == (
+        "2.0000 (+0.0%)  1.9000 (-5.0%)  2.2000 (+10.0%, other bits)"
+    )
